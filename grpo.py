@@ -447,14 +447,18 @@ def complete(
         problem = problems[i // group_size]
         completion = tokenizer.decode(rollout.completion_ids, skip_special_tokens=True)
         rollout.prompt, rollout.text = problem.prompt, getattr(task, "prefill", "") + prefix + completion
-        rollout.parts = check_reward(task, task.reward(rollout.text, problem.example), rollout.prompt, rollout.text)
+        rollout.parts = judge(task, rollout.text, problem)
         rollout.reward = float(rollout.parts["reward"])
     return rollouts
 
 
-def check_reward(task, parts: Any, prompt: str, text: str) -> dict:
-    """`parts` itself, if it is what a task must return; a UsageError that names the completion if not."""
-    where = f"{type(task).__name__}.reward() for the prompt {prompt!r} and the completion {text!r}"
+def judge(task, text: str, problem: Problem) -> dict:
+    """What the task's reward() returns for `text`; a UsageError that names the completion if that is unusable."""
+    where = f"{type(task).__name__}.reward() for the prompt {problem.prompt!r} and the completion {text!r}"
+    try:
+        parts = task.reward(text, problem.example)
+    except Exception as error:  # the task may be anyone's code: say which completion it failed on
+        raise UsageError(f"{where} raised {type(error).__name__}: {error}") from error
     if not isinstance(parts, dict) or any(key not in parts for key in REWARD_KEYS):
         raise UsageError(f"{where} must be a dict with the keys {', '.join(REWARD_KEYS)}, but is {parts!r}")
     if not isinstance(parts["reward"], int | float) or not math.isfinite(parts["reward"]):
@@ -1133,7 +1137,7 @@ def evaluation_problems(task, tokenizer, model, config: Config) -> list[Problem]
         )
     if len(fitting) < len(problems):
         print(f"{len(problems) - len(fitting)} evaluation prompts over {config.max_prompt_tokens} tokens are left out")
-    check_reward(task, task.reward("", fitting[0].example), fitting[0].prompt, "")
+    judge(task, "", fitting[0])
     return fitting
 
 

@@ -9,7 +9,7 @@ A problem is `<sos><big>(3+4)*5`. The model goes on in one of two ways, and whic
 import random
 import re
 
-from mathformer.expressions import Tree, equations, evaluate, generate, held_out, parse, render, OPERATORS
+from mathformer.expressions import OPERATORS, Tree, equations, evaluate, generate, held_out, parse, render
 from mathformer.tokenizer import ANSWER, BIG, SCRATCHPAD, SOS
 
 COMPLETION = re.compile(rf"(?:{SCRATCHPAD}(?P<steps>[^<]*))?{ANSWER}(?P<answer>-?[0-9]{{1,12}})")

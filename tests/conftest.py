@@ -1,0 +1,129 @@
+"""Small models, hand-made rollouts and an in-memory run that the tests share."""
+
+import math
+import os
+import random
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for a server
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+import grpo
+from mathformer.tokenizer import build_tokenizer
+from mathformer.train import build_model
+
+PRETRAINED = "mathformer/pretrained"
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return build_tokenizer()
+
+
+@pytest.fixture
+def model(tokenizer):
+    """A random tiny model whose logits are far from uniform, so that mistakes show."""
+    torch.manual_seed(0)
+    model = build_model("tiny", tokenizer)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.fixture
+def accelerator():
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture
+def make_config(tmp_path):
+    """A Config of the small model; keyword arguments override."""
+
+    def make(**settings) -> grpo.Config:
+        defaults = dict(model=PRETRAINED, task="arithmetic", runs=str(tmp_path), max_prompt_tokens=48)
+        return grpo.Config(**defaults | dict(max_completion_tokens=16, grad_clip=1e9) | settings)
+
+    return make
+
+
+@pytest.fixture
+def make_rollouts(tokenizer):
+    """Ragged rollouts with random ids: groups of 4, the last group dead, old log-probs near -2.5."""
+
+    def make(groups: int = 4, group_size: int = 4, seed: int = 0) -> list[grpo.Rollout]:
+        rng = random.Random(seed)
+        rollouts = []
+        for p in range(groups):
+            prompt = [rng.randrange(3, len(tokenizer)) for _ in range(rng.randrange(2, 9))]
+            rewards = torch.tensor([[float((i + p) % 3 == 0) for i in range(group_size)]])
+            if p == groups - 1:
+                rewards[:] = 0
+            advantages = grpo.group_advantages(rewards)[0].tolist()
+            for g in range(group_size):
+                ids = [rng.randrange(3, len(tokenizer)) for _ in range(rng.randrange(1, 9))] + [2]
+                logps = [-2.5 + rng.gauss(0, 0.5) for _ in ids]
+                parts = dict(reward=rewards[0, g].item(), correct=rewards[0, g].item(), format=1.0)
+                rollout = grpo.Rollout(prompt, ids, logps, truncated=False, parts=parts, reward=parts["reward"])
+                rollout.advantage, rollout.dead = advantages[g], p == groups - 1
+                rollout.ref_logps = [logp + rng.gauss(0, 0.3) for logp in logps]
+                rollouts.append(rollout)
+        return rollouts
+
+    return make
+
+
+def row_logps(model, rollout: grpo.Rollout, temperature: float = 1.0) -> torch.Tensor:
+    """The oracle: log-probs [T] of one completion, from the model's own logits, without batch, padding or chunks."""
+    ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids])
+    logits = model(ids).logits[0].double() / temperature
+    start = len(rollout.prompt_ids)
+    rows = [logits[start + t - 1].log_softmax(-1)[token] for t, token in enumerate(rollout.completion_ids)]
+    return torch.stack(rows)
+
+
+def expected_loss(model, rollouts: list[grpo.Rollout], config: grpo.Config) -> torch.Tensor:
+    """The oracle: the whole loss of one optimizer step as a double loop over rows and tokens."""
+    total_tokens = sum(len(r.completion_ids) for r in rollouts)
+    total = 0.0
+    for r in rollouts:
+        weight = {
+            "token": 1 / total_tokens,
+            "sequence": 1 / (len(rollouts) * len(r.completion_ids)),
+            "constant": 1 / (len(rollouts) * config.max_completion_tokens),
+        }[config.loss_weight]
+        for logp, old, ref in zip(row_logps(model, r, config.temperature), r.logps, r.ref_logps, strict=True):
+            ratio = (logp - old).exp()
+            clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+            surrogate = torch.minimum(ratio * r.advantage, clipped * r.advantage)
+            difference = logp - ref
+            kl = {
+                "k1": lambda r, d: r * d,
+                "k2": lambda r, d: r.detach() * d * d / 2,
+                "k3": lambda r, d: r * ((-d).exp() - 1 + d),
+            }[config.kl_kind](ratio, difference)
+            total = total + weight * (-surrogate + config.kl_coef * kl)
+    return total
+
+
+def updated(model, rollouts, config, accelerator) -> tuple[dict, dict]:
+    """Metrics of one `update` by plain SGD of rate 1, and minus the gradients that it applied, by parameter name."""
+    import copy
+
+    policy = grpo.Policy(copy.deepcopy(model), config.temperature)
+    before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+    config.lr = 1.0
+    metrics = grpo.update(policy, optimizer, accelerator, rollouts, config, step=1)
+    return metrics, {name: p.detach() - before[name] for name, p in policy.model.named_parameters()}
+
+
+def largest_difference(a: dict, b: dict) -> float:
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def is_close(a: float, b: float, tolerance: float = 1e-6) -> bool:
+    return math.isclose(a, b, rel_tol=tolerance, abs_tol=tolerance)

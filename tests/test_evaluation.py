@@ -1,0 +1,176 @@
+"""pass@k, the intervals, the verdict, the metrics of rollouts, and `evaluate` as a whole."""
+
+import itertools
+
+import pytest
+import torch
+from conftest import is_close
+
+import grpo
+
+
+def test_pass_at_k_equals_enumeration():
+    for n, c in [(5, 0), (5, 2), (6, 5), (4, 4)]:
+        samples = [True] * c + [False] * (n - c)
+        for k in range(1, n + 1):
+            draws = list(itertools.combinations(samples, k))
+            assert is_close(grpo.pass_at_k(n, c, k), sum(map(any, draws)) / len(draws), 1e-12)
+
+
+@pytest.mark.parametrize("n, c, k", [(4, 5, 1), (4, -1, 1), (4, 2, 0), (4, 2, 5)])
+def test_pass_at_k_refuses_nonsense(n, c, k):
+    with pytest.raises(ValueError, match="pass_at_k"):
+        grpo.pass_at_k(n, c, k)
+
+
+def test_wilson_interval_of_a_known_case():
+    low, high = grpo.wilson_interval(0.9, 10)  # 9 of 10: the textbook's 0.596 to 0.982
+    assert is_close(low, 0.5958, 1e-3) and is_close(high, 0.9821, 1e-3)
+    assert grpo.wilson_interval(0.0, 50)[0] >= 0 and grpo.wilson_interval(1.0, 50)[1] <= 1 + 1e-12
+
+
+def test_clustered_interval_counts_prompts_not_completions():
+    low, high = grpo.clustered_interval([0.0, 1.0] * 50)
+    half = 1.96 * (0.5 * (100 / 99) ** 0.5) / 10
+    assert is_close(low, 0.5 - half, 1e-5) and is_close(high, 0.5 + half, 1e-5)
+
+
+def rollout(reward: float, length: int, text: str = "", truncated: bool = False, dead: bool = False, **parts):
+    parts = dict(reward=reward, correct=float(reward == 1), format=1.0, prediction=None, ground_truth=None) | parts
+    return grpo.Rollout([1], [3] * length, [0.0] * length, truncated, "p", text, parts, reward, dead=dead)
+
+
+def test_rollout_metrics_by_hand():
+    rollouts = [
+        rollout(1.0, 2, worked=1.0),
+        rollout(0.0, 4, truncated=True, worked=0.0),
+        rollout(0.5, 6, text="Wait, let me check", format=0.0, dead=True, worked=1.0),
+        rollout(0.5, 8, dead=True, worked=0.0),
+    ]
+    metrics = grpo.rollout_metrics(rollouts, group_size=2)
+    expected = dict(reward=0.5, correct=0.25, format=0.75, pass_at_group=0.5, zero_advantage_groups=0.5, length=5.0)
+    expected |= dict(length_correct=2.0, length_wrong=6.0, truncated=0.25, reflections=0.25, worked=0.5)
+    expected |= dict(reward_std=0.5**0.5 / 2)
+    assert metrics.keys() == expected.keys()
+    for key, value in expected.items():
+        assert is_close(metrics[key], value), key
+
+
+def test_means_over_nothing_are_none():
+    metrics = grpo.rollout_metrics([rollout(0.0, 3), rollout(0.0, 3)], group_size=2)
+    assert metrics["length_correct"] is None and metrics["length_wrong"] == 3
+
+
+class FakeTask:
+    """Right when the completion has an even number of tokens."""
+
+    def train(self, rng, step):
+        return {"x": rng.randrange(10)}
+
+    def eval(self):
+        return [{"x": x} for x in range(10)]
+
+    def prompt(self, example):
+        return f"<sos>{example['x']}"
+
+    def reward(self, text, example):
+        right = float(len(text) % 2 == 0)
+        return dict(reward=right, correct=right, format=1.0, prediction=len(text), ground_truth="even", shout=2)
+
+
+class FakeSampler:
+    """Completions of the digits of a fixed plan, so that every figure can be worked out by hand."""
+
+    def generate(self, prompts, group_size, max_tokens, seed, temperature=1.0, top_p=1.0, top_k=0):
+        rollouts = []
+        for p, prompt in enumerate(prompts):
+            for g in range(group_size):
+                length = 2 if temperature == 0 and p < 7 else 1 + (p + g) % 2 if p else 2
+                rollouts.append(grpo.Rollout(prompt, [7] * length, [0.0] * length, truncated=length == 1))
+        return rollouts
+
+
+def test_evaluate_by_hand(tokenizer, make_config):
+    task, config = FakeTask(), make_config(eval_samples=4)
+    problems = [grpo.Problem(e, *grpo.encode_prompt(tokenizer, task, e)) for e in task.eval()]
+    row, details = grpo.evaluate(FakeSampler(), tokenizer, task, problems, config, step=3)
+    # greedy: the first seven are right, and of the last three (one or two tokens by turns) the eighth and tenth
+    greedy = [1] * 7 + [1 if (1 + p % 2) == 2 else 0 for p in (7, 8, 9)]
+    assert row["n"] == 10 and row["step"] == 3
+    assert is_close(row["accuracy"], sum(greedy) / 10)
+    # sampled: prompt 0 is always right, every other has two of four right
+    assert is_close(row["accuracy_sampled"], (1 + 9 * 0.5) / 10)
+    assert row["pass_at_k"].keys() == {"1", "2", "4"}
+    assert is_close(row["pass_at_k"]["2"], (1 + 9 * (1 - 1 / 6)) / 10) and row["pass_at_k"]["4"] == 1
+    assert is_close(row["zero_advantage_groups"], 0.1)
+    assert is_close(row["length"], (4 * 2 + 9 * 6) / 40) and is_close(row["truncated"], 18 / 40)
+    assert row["shout"] == 2
+    assert [d["correct"] for d in details] == greedy and details[0]["sampled_correct"] == 1
+
+
+def verdict_row(dead, pass_1, pass_8, truncated=0.0, format=1.0):
+    return dict(zero_advantage_groups=dead, pass_at_k={"1": pass_1, "8": pass_8}, truncated=truncated, format=format)
+
+
+@pytest.mark.parametrize(
+    "row, said",
+    [
+        (verdict_row(0.3, 0.3, 0.7), "yes"),
+        (verdict_row(0.65, 0.2, 0.5), "perhaps"),
+        (verdict_row(0.9, 0.05, 0.3), "too few groups disagree"),
+        (verdict_row(0.6, 0.3, 0.35), "too few groups disagree"),
+        (verdict_row(0.9, 0.95, 0.99), "too easy"),
+        (verdict_row(0.3, 0.3, 0.7, truncated=0.9), "raise max_completion_tokens"),
+        (verdict_row(0.3, 0.3, 0.7, format=0.1), "right form"),
+    ],
+)
+def test_verdict(row, said):
+    assert said in grpo.verdict(row)
+
+
+def test_prefill_is_prompted_and_judged(tokenizer, make_config):
+    task = FakeTask()
+    task.prefill = "12"
+    example = {"x": 4}
+    prompt, ids = grpo.encode_prompt(tokenizer, task, example)
+    assert prompt == "<sos>412" and ids == tokenizer("<sos>412")["input_ids"]
+    rollouts = grpo.complete(
+        FakeSampler(), tokenizer, task, [grpo.Problem(example, prompt, ids)], make_config(), 1, 0, prefix="("
+    )
+    assert rollouts[0].text == "12(00" and rollouts[0].prompt_ids == ids + tokenizer("(")["input_ids"]
+
+
+def test_chat_messages_go_through_the_template(tokenizer):
+    task = FakeTask()
+    task.prompt = lambda example: [{"role": "user", "content": "1+1"}]
+    with pytest.raises(grpo.UsageError, match="no chat template"):
+        grpo.encode_prompt(tokenizer, task, {})
+    tokenizer.chat_template = (
+        "<sos>{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
+    )
+    try:
+        prompt, ids = grpo.encode_prompt(tokenizer, task, {})
+    finally:
+        tokenizer.chat_template = None
+    assert prompt == "<sos>1+1=" and ids == tokenizer("<sos>1+1=")["input_ids"]
+
+
+def test_draws_depend_on_seed_and_step_and_leave_long_prompts_out(tokenizer, make_config):
+    task = FakeTask()
+    task.prompt = lambda example: "<sos>" + "1" * (1 + example["x"])
+    config = make_config(max_prompt_tokens=6, prompts_per_step=50)
+    problems, too_long = grpo.draw_prompts(task, tokenizer, config, 1)
+    assert len(problems) == 50 and max(len(p.ids) for p in problems) == 6 and too_long > 10
+    assert grpo.draw_prompts(task, tokenizer, config, 1) == (problems, too_long)
+    assert grpo.draw_prompts(task, tokenizer, config, 2)[0] != problems
+    assert grpo.draw_prompts(task, tokenizer, make_config(seed=1, max_prompt_tokens=6), 1)[0] != problems[:32]
+    with pytest.raises(grpo.UsageError, match="max_prompt_tokens"):
+        grpo.draw_prompts(task, tokenizer, make_config(max_prompt_tokens=1), 1)
+
+
+def test_collect_gives_each_group_its_own_advantages(tokenizer, make_config):
+    config = make_config(prompts_per_step=3, group_size=4)
+    rollouts, _ = grpo.collect(FakeSampler(), tokenizer, FakeTask(), config, 1)
+    rewards = torch.tensor([r.reward for r in rollouts]).view(3, 4)
+    assert torch.allclose(torch.tensor([r.advantage for r in rollouts]).view(3, 4), grpo.group_advantages(rewards))
+    assert [r.dead for r in rollouts] == [True] * 4 + [False] * 8

@@ -1,0 +1,350 @@
+"""Whole runs: what they leave behind, that they repeat and resume exactly, and what bad input is told."""
+
+import csv
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import yaml
+from accelerate.state import AcceleratorState
+
+import grpo
+from mathformer.train import build_model
+
+NOT_REPEATABLE = {"seconds_sample", "seconds_train", "seconds_sync", "tokens_per_second", "peak_memory"}
+SMALL_TASK = dict(max_depth=1, eval_size=6)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    build_model("tiny", tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def run(model_folder, tmp_path):
+    """Trains a random tiny model for a few steps; keyword arguments override."""
+
+    def start(**settings) -> dict:
+        defaults = dict(model=model_folder, task="arithmetic", task_args=SMALL_TASK, runs=str(tmp_path / "runs"))
+        defaults |= dict(prompts_per_step=2, group_size=4, max_completion_tokens=8, max_prompt_tokens=20, lr=1e-3)
+        return grpo.train(grpo.Config(**defaults | dict(steps=3, eval_samples=2, temperature=1.5) | settings))
+
+    return start
+
+
+@pytest.fixture
+def pays_length(monkeypatch):
+    """Pays for the parity of the completion's length, so that a random model has groups to learn from."""
+    from mathformer import ArithmeticTask
+
+    def reward(self, text, example):
+        right = float(len(text) % 2)
+        return dict(reward=right, correct=right, format=1.0, worked=0.0, prediction=len(text), ground_truth=1)
+
+    monkeypatch.setattr(ArithmeticTask, "reward", reward)
+
+
+def rows(folder, name: str) -> list[dict]:
+    return [json.loads(line) for line in (Path(folder) / name).read_text().splitlines()]
+
+
+def repeatable(metrics: list[dict]) -> list[dict]:
+    return [{key: value for key, value in row.items() if key not in NOT_REPEATABLE} for row in metrics]
+
+
+def weights(folder) -> dict:
+    return grpo.load_file(Path(folder) / "model.safetensors")
+
+
+def test_a_run_leaves_a_complete_folder(run, tmp_path, pays_length):
+    summary = run(save_steps=1, eval_steps=2)
+    folder = Path(summary["run"])
+    assert folder.parent == tmp_path / "runs" and folder.name.startswith("arithmetic-")
+    names = {path.name for path in folder.iterdir()}
+    expected = {"config.yaml", "metrics.jsonl", "metrics.csv", "rollouts.jsonl", "eval.jsonl", "curves.png", "final"}
+    assert names == expected | {"eval-0.jsonl", "eval-2.jsonl", "eval-3.jsonl", "checkpoint-2", "checkpoint-3"}
+
+    metrics = rows(folder, "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [1, 2, 3]
+    with open(folder / "metrics.csv") as file:
+        for row, csv_row in zip(metrics, csv.DictReader(file), strict=True):
+            assert csv_row == {key: "" if value is None else str(value) for key, value in row.items()}
+
+    rollouts = rows(folder, "rollouts.jsonl")
+    assert len(rollouts) == 3 * 2 * 4
+    assert metrics[0]["reward"] == sum(r["reward"] for r in rollouts[:8]) / 8
+    assert metrics[-1]["tokens"] == sum(r["length"] for r in rollouts) == summary["tokens"]
+    keys = {"step", "prompt_id", "prompt", "completion", "reward", "correct", "format", "prediction", "ground_truth"}
+    assert keys | {"advantage", "length", "truncated"} <= rollouts[0].keys()
+    assert len({r["prompt_id"] for r in rollouts[:4]}) == 1
+
+    evaluations = rows(folder, "eval.jsonl")
+    assert [row["step"] for row in evaluations] == [0, 2, 3]
+    assert (summary["first"], summary["last"]) == (evaluations[0], evaluations[-1])
+    assert len(rows(folder, "eval-3.jsonl")) == evaluations[-1]["n"]
+
+    grpo.Config(**yaml.safe_load((folder / "config.yaml").read_text()))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder / "final")
+    assert torch.equal(loaded.lm_head.weight, weights(folder / "checkpoint-3")["transformer.word_embeddings.weight"])
+    transformers.AutoTokenizer.from_pretrained(folder / "final")
+    assert (folder / "curves.png").stat().st_size > 10_000
+
+
+def test_every_metric_is_logged_under_its_name(run, pays_length):
+    row = rows(run(kl_coef=0.01)["run"], "metrics.jsonl")[0]
+    names = "step reward reward_std correct format worked pass_at_group zero_advantage_groups length length_correct "
+    names += "length_wrong truncated reflections loss kl_ref entropy grad_norm lr clipped_low clipped_high ratio_max "
+    names += "sampler_kl sampler_logp_gap skipped_updates prompts_too_long tokens tokens_per_second seconds_sample "
+    names += "seconds_train seconds_sync peak_memory"
+    assert list(row) and set(row) == set(names.split())
+    readme = Path("README.md").read_text()
+    assert not [name for name in row if f"`{name}`" not in readme], "every metric is in the README's glossary"
+
+
+def test_the_same_seed_gives_the_same_run(run, pays_length):
+    first, second, other = run(), run(), run(seed=1)
+    assert first["run"] != second["run"], "a second run never writes into the folder of the first"
+    for name in ("rollouts.jsonl", "eval.jsonl"):
+        assert rows(first["run"], name) == rows(second["run"], name)
+    assert repeatable(rows(first["run"], "metrics.jsonl")) == repeatable(rows(second["run"], "metrics.jsonl"))
+    assert rows(first["run"], "rollouts.jsonl") != rows(other["run"], "rollouts.jsonl")
+
+
+def test_the_weights_change(run, model_folder, pays_length):
+    before, after = weights(model_folder), weights(Path(run()["run"]) / "final")
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(run, monkeypatch, capsys, pays_length):
+    whole = run(steps=6, eval_steps=2)
+    log_step = grpo.RunFolder.log_step
+
+    def interrupt(self, row, rollouts):
+        log_step(self, row, rollouts)
+        if row["step"] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(grpo.RunFolder, "log_step", interrupt)
+    stopped = run(steps=6, eval_steps=2)
+    monkeypatch.setattr(grpo.RunFolder, "log_step", log_step)
+    assert stopped["interrupted"] and (Path(stopped["run"]) / "checkpoint-3").is_dir()
+    command = f"--resume {stopped['run']}"
+    assert command in capsys.readouterr().out
+    resumed = grpo.train(grpo.parse_config(command.split()))
+    assert resumed["run"] == stopped["run"] and "interrupted" not in resumed
+    for name in ("rollouts.jsonl", "eval.jsonl"):
+        assert rows(whole["run"], name) == rows(resumed["run"], name)
+    assert repeatable(rows(whole["run"], "metrics.jsonl")) == repeatable(rows(resumed["run"], "metrics.jsonl"))
+    a, b = weights(Path(whole["run"]) / "final"), weights(Path(resumed["run"]) / "final")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_resume_takes_later_rows_out_of_the_logs(run, pays_length):
+    summary = run(steps=3, save_steps=2)
+    folder = Path(summary["run"])
+    grpo.shutil.rmtree(folder / "checkpoint-3")  # as if the run had been killed before it was written
+    grpo.train(grpo.parse_config(["--resume", str(folder)]))
+    assert [row["step"] for row in rows(folder, "metrics.jsonl")] == [1, 2, 3]
+    assert len((folder / "metrics.csv").read_text().splitlines()) == 4
+    assert len(rows(folder, "rollouts.jsonl")) == 24
+
+
+def test_more_steps_may_be_asked_for_on_resume(run, pays_length):
+    folder = str(run(steps=2)["run"])
+    summary = grpo.train(grpo.parse_config(["--resume", folder, "--steps", "4"]))
+    assert summary["last"]["step"] == 4 and len(rows(folder, "metrics.jsonl")) == 4
+
+
+def test_steps_zero_evaluates_and_shows_one_group(run, capsys, pays_length):
+    summary = run(steps=0)
+    out = capsys.readouterr().out
+    assert "will it learn?" in out and "advantage" in out and "weight" in out
+    assert len([line for line in out.splitlines() if line.startswith("    ") and "e-" in line]) == 4
+    assert summary["tokens"] == 0 and not (Path(summary["run"]) / "metrics.jsonl").exists()
+
+
+def test_kl_penalty_needs_a_reference_that_stays(run, pays_length):
+    kept = rows(run(kl_coef=0.05, lr=1e-2)["run"], "metrics.jsonl")
+    assert abs(kept[0]["kl_ref"]) < 1e-6 < 1e-4 < kept[-1]["kl_ref"]
+    offloaded = rows(run(kl_coef=0.05, lr=1e-2, offload_reference=True)["run"], "metrics.jsonl")
+    assert repeatable(kept) == repeatable(offloaded)
+    assert rows(run()["run"], "metrics.jsonl")[0]["kl_ref"] is None
+
+
+def test_resumed_reference_is_the_first_model(run, pays_length):
+    folder = run(kl_coef=0.05, lr=1e-2, steps=3)["run"]
+    grpo.train(grpo.parse_config(["--resume", str(folder), "--steps", "4"]))
+    whole = rows(run(kl_coef=0.05, lr=1e-2, steps=4)["run"], "metrics.jsonl")
+    assert repeatable(whole) == repeatable(rows(folder, "metrics.jsonl"))
+
+
+def test_top_k_takes_old_logps_from_the_trainer(run, pays_length):
+    row = rows(run(top_k=3, steps=1)["run"], "metrics.jsonl")[0]
+    assert row["ratio_max"] == pytest.approx(1, abs=1e-5) and row["sampler_logp_gap"] > 0.01
+
+
+def test_bf16_runs(run, pays_length):
+    plain = rows(run(steps=1)["run"], "metrics.jsonl")[0]
+    AcceleratorState._reset_state(reset_partial_state=True)  # one process has one precision
+    bf16 = rows(run(steps=1, precision="bf16")["run"], "metrics.jsonl")[0]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert plain["sampler_logp_gap"] < 1e-5 < bf16["sampler_logp_gap"] < 0.05
+
+
+def test_a_second_interrupt_stops_at_once():
+    with pytest.raises(KeyboardInterrupt), grpo.finish_step_on_signal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.is_set()
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# Tasks of one's own
+
+OWN_TASK = """
+class Own:
+    def __init__(self, bonus: float = 1.0, value="1.0"):
+        self.bonus, self.value = bonus, value
+    def train(self, rng, step): return {"q": rng.choice("1234")}
+    def eval(self): return [{"q": q} for q in "56"]
+    def prompt(self, example): return f"<sos><big>{example['q']}+1"
+    def reward(self, text, example):
+        return dict(reward=float(self.value), correct=0, format=1, prediction=text, ground_truth=None)
+"""
+
+
+def test_a_task_in_a_file_of_ones_own(run, tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(OWN_TASK)
+    summary = run(task=f"{path}:Own", task_args={"bonus": 2.0}, steps=1)
+    assert Path(summary["run"]).name.startswith("Own-")
+    assert rows(summary["run"], "metrics.jsonl")[0]["zero_advantage_groups"] == 1
+
+
+def test_a_task_of_a_module(run):
+    assert run(task="mathformer.task:ArithmeticTask", steps=1)["last"]["step"] == 1
+
+
+# The command line
+
+
+def test_the_plain_command_is_the_arithmetic_preset():
+    config = grpo.parse_config([])
+    preset = yaml.safe_load(grpo.PRESET.read_text())
+    assert {key: getattr(config, key) for key in preset} == preset
+    assert grpo.parse_config(["--lr", "1e-5"]).lr == 1e-5
+    assert grpo.parse_config(["--model", "m", "--task", "t"]).lr == 1e-6, "the small model's rate is for it alone"
+
+
+def test_command_line_over_environment_over_later_yaml_over_earlier_over_default(tmp_path, monkeypatch):
+    (tmp_path / "a.yaml").write_text("model: m\ntask: t\nlr: 0.1\nseed: 1\ngroup_size: 3\ntop_k: 9\n")
+    (tmp_path / "b.yaml").write_text("lr: 0.2\nseed: 2\ngroup_size: 4\n")
+    monkeypatch.setenv("GRPO_SEED", "3")
+    monkeypatch.setenv("GRPO_GROUP_SIZE", "5")
+    files = ["--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml")]
+    config = grpo.parse_config([*files, "--group_size", "6"])
+    assert (config.top_k, config.lr, config.seed, config.group_size, config.steps) == (9, 0.2, 3, 6, 500)
+
+
+def test_a_run_can_be_repeated_from_its_config(run, pays_length):
+    first = run()["run"]
+    again = grpo.train(grpo.parse_config(["--config", str(first / "config.yaml")]))["run"]
+    assert again.name == first.name + "-2"
+    assert rows(first, "rollouts.jsonl") == rows(again, "rollouts.jsonl")
+
+
+def test_help_has_every_setting_with_its_sentence(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        grpo.main(["--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert stopped.value.code == 0 and "arithmetic preset" in out
+    source = Path(grpo.__file__).read_text()
+    for f in dataclasses.fields(grpo.Config):
+        sentence = source.split(f"\n    {f.name}: ")[1].split('"""')[1]
+        assert f"--{f.name}" in out and " ".join(sentence.split()) in out, f.name
+
+
+def test_importing_grpo_starts_nothing():
+    heavy = ["mathformer", "vllm", "datasets", "matplotlib", "jsonargparse"]
+    code = f"import sys, grpo; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--group_size", "1"], "group_size is 1, it must be 2 or more"),
+        (["--temperature", "0"], "temperature is 0.0, it must be greater than 0"),
+        (["--temperature", "-1"], "temperature is -1.0"),
+        (["--lr", "nan"], "nan"),
+        (["--top_p", "1.5"], "top_p is 1.5"),
+        (["--minibatches", "7"], "must divide the 256 completions"),
+        (["--task", "chess", "--model", "MODEL"], "unknown task 'chess'"),
+        (["--task", "nowhere:Task", "--model", "MODEL"], "cannot be imported"),
+        (["--task", "mathformer:Chess", "--model", "MODEL"], "no class Chess"),
+        (["--task", "/nowhere/own.py:Own", "--model", "MODEL"], "cannot be imported"),
+        (["--task_args.depth", "3"], "depth"),
+        (["--task_args.max_depth", "0"], "max_depth (0)"),
+        (["--task_args.operators", "+^"], "operators '+^'"),
+        (["--model", "MODEL"], "both --model and --task"),
+        (["--task", "arithmetic", "--model", "/nowhere/model"], "model '/nowhere/model' cannot be loaded"),
+        (["--config", "/nowhere/a.yaml"], "there is no file /nowhere/a.yaml"),
+        (["--config", "UNKNOWN"], "learning_rate"),
+        (["--config", "WRONG_TYPE"], "steps"),
+        (["--groupsize", "4"], "groupsize"),
+        (["--steps", "many"], "steps"),
+        (["--max_prompt_tokens", "2"], "no prompt fits"),
+        (["--resume", "/nowhere/run"], "there is no file /nowhere/run/config.yaml"),
+        (["--device", "cuda"], "device 'cuda'"),
+        (["--task", "TASK:Own", "--model", "MODEL", "--task_args.value", "nan"], "no finite number"),
+        (
+            ["--task", "TASK:Own", "--model", "MODEL", "--task_args.value", "many"],
+            "raised ValueError: could not convert",
+        ),
+        (["--task", "TASK:Broken", "--model", "MODEL"], "keys reward, correct"),
+    ],
+)
+def test_bad_input_is_told_in_one_line_before_any_work(argv, said, model_folder, tmp_path, monkeypatch, capsys):
+    if "cuda" in argv and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    (tmp_path / "own.py").write_text(OWN_TASK + "\n\nclass Broken(Own):\n    def reward(self, *args): return 1.0\n")
+    (tmp_path / "unknown.yaml").write_text("model: m\ntask: arithmetic\nlearning_rate: 1\n")
+    (tmp_path / "type.yaml").write_text("model: m\ntask: arithmetic\nsteps: many\n")
+    stand_in = {"MODEL": model_folder, "UNKNOWN": tmp_path / "unknown.yaml", "WRONG_TYPE": tmp_path / "type.yaml"}
+    argv = [str(stand_in.get(word, word)).replace("TASK:", f"{tmp_path}/own.py:") for word in argv]
+    monkeypatch.setattr(grpo, "evaluate", lambda *args: pytest.fail("the evaluation was started"))
+    with pytest.raises(SystemExit) as stopped:
+        grpo.main([*argv, "--runs", str(tmp_path / "runs")])
+    message = stopped.value.code
+    assert isinstance(message, str) and message.startswith("error: ") and said in message
+    assert "\n" not in message.strip()
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_changed_setting_is_refused_on_resume(run, pays_length):
+    folder = str(run()["run"])
+    with pytest.raises(grpo.UsageError, match="lr was 0.001 .* cannot become 0.5"):
+        grpo.parse_config(["--resume", folder, "--lr", "0.5"])
+
+
+def test_resume_without_a_checkpoint(run, pays_length):
+    folder = run(steps=0)["run"]
+    with pytest.raises(grpo.UsageError, match="no checkpoint"):
+        grpo.train(grpo.parse_config(["--resume", str(folder), "--steps", "1"]))
+
+
+def test_terminal_text_cannot_move_the_cursor():
+    assert grpo.printable("a\x1b[2Jb\nc\r") == "a\\x1b[2Jb\\nc\\r"
+    assert len(grpo.printable("x" * 1000)) < 200

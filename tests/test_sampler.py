@@ -1,0 +1,146 @@
+"""TorchSampler: it samples from the distribution that is trained, and says so with its log-probs."""
+
+import pytest
+import torch
+from conftest import row_logps
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+import grpo
+
+EOS = 2
+PROMPTS = [[5, 6, 7, 8, 9, 10], [11], [12, 13, 14]]
+SHAPE = dict(vocab_size=33, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+SHAPE |= dict(num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.4)
+
+
+def other_model(name: str):
+    torch.manual_seed(0)
+    qwen = Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=True))
+    return (qwen if name == "qwen2" else LlamaForCausalLM(LlamaConfig(**SHAPE))).eval()
+
+
+def sample(model, group_size=8, max_tokens=20, seed=0, sample_rows=256, **settings) -> list[grpo.Rollout]:
+    return grpo.TorchSampler(model, [EOS], sample_rows).generate(PROMPTS, group_size, max_tokens, seed, **settings)
+
+
+@pytest.mark.parametrize("name", ["mathformer", "qwen2", "llama"])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_sampler_and_trainer_agree_on_ragged_rows(model, name, temperature):
+    model = model if name == "mathformer" else other_model(name)
+    rollouts = sample(model, temperature=temperature)
+    assert len({r.length for r in rollouts}) > 3, "the rows must be ragged for this test to mean anything"
+    logps, _ = grpo.Policy(model, temperature)(**grpo.policy_inputs(rollouts, torch.device("cpu")))
+    for i, r in enumerate(rollouts):
+        assert torch.allclose(torch.tensor(r.logps), logps[i, : r.length], atol=1e-4)
+        assert torch.allclose(torch.tensor(r.logps).double(), row_logps(model, r, temperature), atol=1e-4)
+
+
+def test_groups_are_contiguous_and_end_where_they_should(model):
+    rollouts = sample(model)
+    assert [r.prompt_ids for r in rollouts] == [p for p in PROMPTS for _ in range(8)]
+    for r in rollouts:
+        assert EOS not in r.completion_ids[:-1]
+        assert r.truncated == (r.completion_ids[-1] != EOS)
+        assert len(r.logps) == r.length <= 20 and (r.length == 20 or not r.truncated)
+    assert {r.truncated for r in rollouts} == {True, False}
+
+
+def test_several_eos_tokens_all_end_a_row(model):
+    rollouts = grpo.TorchSampler(model, [EOS, 7]).generate(PROMPTS, 8, 20, seed=0)
+    assert {r.completion_ids[-1] for r in rollouts if not r.truncated} == {EOS, 7}
+    assert not any({EOS, 7} & set(r.completion_ids[:-1]) for r in rollouts)
+
+
+def test_sampled_frequencies_are_the_models_probabilities(model):
+    rollouts = sample(model, group_size=4000, max_tokens=1, sample_rows=5000, temperature=0.8)[:4000]
+    counts = torch.bincount(torch.tensor([r.completion_ids[0] for r in rollouts]), minlength=33) / 4000
+    probs = (model(torch.tensor([PROMPTS[0]])).logits[0, -1] / 0.8).softmax(-1)
+    assert (counts - probs).abs().max() < 0.03
+    assert len(counts.nonzero()) > 5
+
+
+def test_seed_decides_and_other_randomness_does_not(model):
+    first = sample(model, seed=1)
+    torch.manual_seed(123)
+    assert [r.completion_ids for r in sample(model, seed=1)] == [r.completion_ids for r in first]
+    assert [r.completion_ids for r in sample(model, seed=2)] != [r.completion_ids for r in first]
+    state = torch.get_rng_state()
+    sample(model)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_members_of_a_group_differ(model):
+    rollouts = sample(model)
+    assert len({tuple(r.completion_ids) for r in rollouts[:8]}) > 4
+
+
+def test_greedy_is_the_argmax_of_the_whole_sequence(model):
+    for r in sample(model, group_size=1, temperature=0.0):
+        ids = torch.tensor([r.prompt_ids + r.completion_ids])
+        best = model(ids).logits[0, len(r.prompt_ids) - 1 : -1].argmax(-1)
+        assert best.tolist() == r.completion_ids
+        assert torch.allclose(torch.tensor(r.logps).double(), row_logps(model, r), atol=1e-4)
+
+
+def test_greedy_equals_generate_of_transformers(model):
+    expected = model.generate(
+        torch.tensor([PROMPTS[0]]), max_new_tokens=20, do_sample=False, eos_token_id=EOS, pad_token_id=0
+    )[0, len(PROMPTS[0]) :].tolist()
+    assert sample(model, group_size=1, temperature=0.0)[0].completion_ids == expected
+
+
+def test_number_of_rows_at_once_does_not_change_greedy_answers(model):
+    together = sample(model, group_size=1, temperature=0.0)
+    alone = sample(model, group_size=1, temperature=0.0, sample_rows=1)
+    assert [r.completion_ids for r in together] == [r.completion_ids for r in alone]
+
+
+def test_finished_rows_leave_the_batch(model, monkeypatch):
+    sizes = []
+    original = grpo.TorchSampler._forward
+    monkeypatch.setattr(
+        grpo.TorchSampler, "_forward", lambda self, ids, *rest: (sizes.append(ids.shape), original(self, ids, *rest))[1]
+    )
+    rollouts = sample(model)
+    assert sizes[0] == (3, 6), "one prefill for each prompt, not for each completion"
+    alive = [sum(r.length > t for r in rollouts) for t in range(1, 20)]
+    assert [size[0] for size in sizes[1:]] == [n for n in alive if n]
+
+
+def test_top_k_and_top_p_by_hand():
+    logits = torch.tensor([[0.5, 0.2, 0.15, 0.1, 0.05]]).log()
+    kept = lambda *settings: grpo.keep_top(logits, *settings).isfinite()[0].tolist()  # noqa: E731
+    assert kept(0, 1.0) == [True] * 5
+    assert kept(2, 1.0) == [True, True, False, False, False]
+    assert kept(99, 1.0) == [True] * 5
+    assert kept(0, 0.6) == [True, True, False, False, False]
+    assert kept(0, 0.8) == [True, True, True, False, False]
+    assert kept(0, 0.01) == [True, False, False, False, False]
+    assert kept(1, 0.99) == [True, False, False, False, False]
+
+
+def test_top_k_is_applied_in_sampling_and_in_its_logps(model):
+    for r in sample(model, top_k=1, temperature=1.0):
+        assert r.logps == [0.0] * r.length  # one token of probability 1
+    assert [r.completion_ids for r in sample(model, top_k=1)][::8] == [
+        r.completion_ids for r in sample(model, group_size=1, temperature=0.0)
+    ]
+
+
+def test_dropout_is_off_while_sampling_and_training():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, attention_dropout=0.5))
+    model.train()
+    rollouts = sample(model)  # sampling switches the model to evaluation mode
+    logps, _ = grpo.Policy(model)(**grpo.policy_inputs(rollouts, torch.device("cpu")))
+    for i, r in enumerate(rollouts):
+        assert torch.allclose(torch.tensor(r.logps), logps[i, : r.length], atol=1e-4)
+
+
+def test_loaded_models_have_no_dropout(tmp_path, tokenizer):
+    LlamaForCausalLM(LlamaConfig(**SHAPE, attention_dropout=0.5)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, _ = grpo.load_model(str(tmp_path))
+    model.train()
+    ids = torch.tensor([PROMPTS[0]])
+    assert torch.equal(model(ids).logits, model(ids).logits)
