@@ -40,6 +40,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -187,6 +188,10 @@ class Config:
         if self.drop_dead_groups is None:
             self.drop_dead_groups = self.kl_coef == 0  # with a KL penalty a dead group still has a gradient
 
+    @property
+    def sampling(self) -> "Sampling":
+        return Sampling(self.max_completion_tokens, self.temperature, self.top_p, self.top_k)
+
 
 LOWEST = {
     **dict.fromkeys(["group_size"], 2),
@@ -242,6 +247,15 @@ def load_task(name: str, task_args: dict[str, Any]):
 
 
 # ==== 3. Sampling =====================================================================================================
+
+
+class Sampling(NamedTuple):
+    """How to sample: what vLLM calls SamplingParams. Temperature 0 takes the most likely token."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
 
 
 class Problem(NamedTuple):
@@ -319,29 +333,16 @@ class TorchSampler:
         """Called after each update. Nothing to do: these are the trainer's own weights."""
 
     @torch.no_grad()
-    def generate(
-        self,
-        prompts: list[list[int]],
-        group_size: int,
-        max_tokens: int,
-        seed: int,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-    ) -> list[Rollout]:
+    def generate(self, prompts: list[list[int]], group_size: int, sampling: Sampling, seed: int) -> list[Rollout]:
         """`group_size` completions of each prompt, those of one prompt next to each other.
 
-        Temperature 0 takes the most likely token. The log-probs are those of the distribution that was sampled from
-        (of the model itself, at temperature 0).
+        Their log-probs are those of the distribution that was sampled from (of the model itself, at temperature 0).
         """
         self.model.eval()
         self.generator.manual_seed(seed)
         at_once = max(1, self.sample_rows // group_size)
-        rollouts = []
-        for i in range(0, len(prompts), at_once):
-            chunk = prompts[i : i + at_once]
-            rollouts += self._generate(chunk, group_size, max_tokens, temperature, top_p, top_k)
-        return rollouts
+        chunks = [prompts[i : i + at_once] for i in range(0, len(prompts), at_once)]
+        return [rollout for chunk in chunks for rollout in self._generate(chunk, group_size, *sampling)]
 
     def _generate(self, prompts, group_size, max_tokens, temperature, top_p, top_k) -> list[Rollout]:
         # Left padding puts the last prompt token of every row in the last column, where the next token comes from.
@@ -431,18 +432,14 @@ def draw_prompts(task, tokenizer, config: Config, step: int) -> tuple[list[Probl
 
 
 def complete(
-    sampler, tokenizer, task, problems: list[Problem], config: Config, group_size: int, seed: int,
-    temperature: float | None = None, prefix: str = "",
-) -> list[Rollout]:  # fmt: skip
+    sampler, tokenizer, task, problems: list[Problem], group_size: int, sampling: Sampling, seed: int, prefix: str = ""
+) -> list[Rollout]:
     """`group_size` completions of each problem, as the task's verifier judges them; those of a problem are neighbours.
 
     `prefix` goes between the prompt and the completion, and is judged with it.
     """
     behind = tokenizer(prefix, add_special_tokens=False)["input_ids"] if prefix else []
-    rollouts = sampler.generate(
-        [problem.ids + behind for problem in problems], group_size, config.max_completion_tokens, seed,
-        config.temperature if temperature is None else temperature, config.top_p, config.top_k,
-    )  # fmt: skip
+    rollouts = sampler.generate([problem.ids + behind for problem in problems], group_size, sampling, seed)
     for i, rollout in enumerate(rollouts):
         problem = problems[i // group_size]
         completion = tokenizer.decode(rollout.completion_ids, skip_special_tokens=True)
@@ -492,7 +489,7 @@ def collect(sampler, tokenizer, task, config: Config, step: int) -> tuple[list[R
     """The rollouts of a step with rewards and advantages, group by group; and how many prompts were too long."""
     problems, too_long = draw_prompts(task, tokenizer, config, step)
     seed = config.seed * 1_000_003 + step
-    rollouts = complete(sampler, tokenizer, task, problems, config, config.group_size, seed)
+    rollouts = complete(sampler, tokenizer, task, problems, config.group_size, config.sampling, seed)
     rewards = torch.tensor([r.reward for r in rollouts]).view(-1, config.group_size)  # [P, G]
     advantages = group_advantages(rewards, config.advantage).flatten().tolist()
     dead = (rewards.amax(1) == rewards.amin(1)).repeat_interleave(config.group_size).tolist()
@@ -707,10 +704,10 @@ def row_tokens(rollout: Rollout) -> int:
     return len(rollout.prompt_ids) + rollout.length
 
 
-def pad(rows: list[list], device, value=0) -> torch.Tensor:
-    """Lists of unequal length to a tensor [B, longest], padded on the right."""
+def pad(rows: list[list], device) -> torch.Tensor:
+    """Lists of unequal length to a tensor [B, longest], with zeros on the right."""
     longest = max(map(len, rows))
-    return torch.tensor([row + [value] * (longest - len(row)) for row in rows], device=device)
+    return torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
 
 
 def policy_inputs(batch: list[Rollout], device) -> dict[str, torch.Tensor]:
@@ -744,10 +741,37 @@ def learning_rate(config: Config, step: int) -> float:
     return config.lr * shape[config.lr_schedule]
 
 
+def batch_loss(
+    policy: nn.Module, batch: list[Rollout], config: Config, device: torch.device, total_tokens: int, total_rows: int
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """A microbatch's part of the loss, a scalar; and what the metrics need: sums over its tokens, and the top ratio."""
+    inputs = policy_inputs(batch, device)
+    lengths, mask = inputs["lengths"], completion_mask(inputs["lengths"])
+    sampled = pad([r.logps for r in batch], device)
+    old = sampled if config.old_logps == "sampler" else pad([r.old_logps for r in batch], device)
+    advantages = torch.tensor([[r.advantage] for r in batch], device=device)  # [B, 1]
+
+    logps, entropy = policy(**inputs)  # [B, T]
+    loss, clipped = policy_loss(logps, old, advantages, config.clip_low, config.clip_high, mask)
+    kl = torch.zeros_like(logps)
+    if config.kl_coef > 0:
+        kl = kl_estimate(logps, pad([r.ref_logps for r in batch], device), config.kl_kind).masked_fill(~mask, 0.0)
+        loss = loss + config.kl_coef * KL_IN_LOSS[config.kl_kind]((logps - old).exp(), kl)
+    weights = token_weights(lengths, config.loss_weight, config.max_completion_tokens, total_tokens, total_rows)
+    loss = (loss.sum(1) * weights).sum()
+
+    gap = (sampled - logps)[mask]
+    numbers = {"loss": loss, "tokens": mask.sum(), "kl_ref": kl.sum(), "entropy": entropy.sum()}
+    numbers |= {"clipped_low": (clipped < 0).sum(), "clipped_high": (clipped > 0).sum()}
+    numbers |= {"sampler_kl": gap.sum(), "sampler_logp_gap": gap.abs().sum()}
+    numbers |= {"ratio_max": (logps - old)[mask].max().exp()}
+    return loss, dict(zip(numbers, torch.stack([n.detach().float() for n in numbers.values()]).tolist(), strict=True))
+
+
 def update(
     policy: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, rollouts: list[Rollout],
     config: Config, step: int,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float | None]:  # fmt: skip
     """Trains on the rollouts of a step: `epochs` passes of `minibatches` optimizer steps each.
 
     Returns metrics over the trained tokens. An optimizer step with nothing to learn from, or with a gradient that is
@@ -757,74 +781,45 @@ def update(
         group["lr"] = learning_rate(config, step)
     policy.train()  # gradient checkpointing acts only in training mode; dropout was set to 0 when the model was loaded
     order = random.Random(f"{config.seed}/{step}/minibatches")
-    sums = dict.fromkeys(["entropy", "clipped_low", "clipped_high", "kl_ref", "gap", "signed_gap"], 0.0)
-    trained = first_tokens = skipped = 0
-    ratio_max, losses, grad_norms = 1.0, [], []
-    for epoch in range(config.epochs):
-        rows = list(rollouts)
-        if config.minibatches > 1:
-            order.shuffle(rows)
+    sums: Counter[str] = Counter()
+    before_any_update, grad_norms, ratio_max, skipped = None, [], 1.0, 0
+    for _ in range(config.epochs):
+        rows = order.sample(rollouts, len(rollouts))
         size = len(rows) // config.minibatches
-        for m in range(config.minibatches):
-            minibatch = rows[m * size : (m + 1) * size]
-            totals = dict(
-                max_tokens=config.max_completion_tokens,
-                total_tokens=sum(r.length for r in minibatch),
-                total_rows=len(minibatch),
-            )
-            # Dead groups have advantage 0. Without a KL term they add nothing to the gradient, so their forward and
-            # backward passes are saved; but they stay in the totals above.
+        for minibatch in (rows[i : i + size] for i in range(0, len(rows), size)):
+            total_tokens = sum(r.length for r in minibatch)
+            # GRPO: dead groups have advantage 0 and, without a KL term, no gradient, so they skip the forward and the
+            # backward pass. They still count in the totals: leaving them out there would raise the learning rate.
             kept = [r for r in minibatch if not (r.dead and config.drop_dead_groups)]
-            loss_sum = torch.zeros((), device=accelerator.device)
             for batch in microbatches(kept, config.tokens_per_microbatch):
-                inputs = policy_inputs(batch, accelerator.device)
-                lengths, mask = inputs["lengths"], completion_mask(inputs["lengths"])
-                sampled = pad([r.logps for r in batch], accelerator.device, 0.0)
-                old = sampled if config.old_logps == "sampler" else pad([r.old_logps for r in batch], mask.device, 0.0)
-                advantages = torch.tensor([[r.advantage] for r in batch], device=accelerator.device)
-
-                logps, entropy = policy(**inputs)  # [B, T]
-                loss, clipped = policy_loss(logps, old, advantages, config.clip_low, config.clip_high, mask)
-                if config.kl_coef > 0:
-                    ref = pad([r.ref_logps for r in batch], accelerator.device, 0.0)
-                    kl = kl_estimate(logps, ref, config.kl_kind)
-                    loss = loss + config.kl_coef * KL_IN_LOSS[config.kl_kind]((logps - old).exp(), kl) * mask
-                    sums["kl_ref"] += kl.detach()[mask].sum()
-                loss = (loss.sum(1) * token_weights(lengths, config.loss_weight, **totals)).sum()
+                loss, numbers = batch_loss(policy, batch, config, accelerator.device, total_tokens, len(minibatch))
                 accelerator.backward(loss)
-
-                with torch.no_grad():
-                    loss_sum += loss
-                    trained += int(mask.sum())
-                    ratio_max = max(ratio_max, (logps - old)[mask].max().exp().item())
-                    sums["entropy"] += entropy[mask].sum()
-                    sums["clipped_low"] += (clipped < 0).sum()
-                    sums["clipped_high"] += (clipped > 0).sum()
-                    if epoch == m == 0:  # before the first update sampler and trainer should be the same model
-                        sums["gap"] += (sampled - logps)[mask].abs().sum()
-                        sums["signed_gap"] += (sampled - logps)[mask].sum()
-                        first_tokens += int(mask.sum())
-            losses.append(loss_sum.item())
+                ratio_max = max(ratio_max, numbers.pop("ratio_max"))
+                sums.update(numbers)
+            before_any_update = before_any_update or Counter(sums)
             if kept:
-                grad_norm = accelerator.clip_grad_norm_(policy.parameters(), config.grad_clip).item()
-                grad_norms.append(grad_norm)
-            if kept and math.isfinite(grad_norm):
+                grad_norms.append(accelerator.clip_grad_norm_(policy.parameters(), config.grad_clip).item())
+            if kept and math.isfinite(grad_norms[-1]):
                 optimizer.step()
             else:
                 skipped += 1
             optimizer.zero_grad()
-    share = {key: float(value) / max(trained, 1) for key, value in sums.items()}
+
+    def per_token(key: str, over: Counter) -> float | None:
+        return over[key] / over["tokens"] if over["tokens"] else None
+
     return {
-        "loss": average(losses),
-        "kl_ref": share["kl_ref"] if config.kl_coef > 0 else None,
-        "entropy": share["entropy"] if trained else None,
+        "loss": sums["loss"] / (config.epochs * config.minibatches),
+        "kl_ref": per_token("kl_ref", sums) if config.kl_coef > 0 else None,
+        "entropy": per_token("entropy", sums),
         "grad_norm": average(grad_norms),
         "lr": optimizer.param_groups[0]["lr"],
-        "clipped_low": share["clipped_low"],
-        "clipped_high": share["clipped_high"],
+        "clipped_low": per_token("clipped_low", sums),
+        "clipped_high": per_token("clipped_high", sums),
         "ratio_max": ratio_max,
-        "sampler_kl": float(sums["signed_gap"]) / first_tokens if first_tokens else None,
-        "sampler_logp_gap": float(sums["gap"]) / first_tokens if first_tokens else None,
+        # these two compare the sampler with the trainer, which are the same model only until the first update
+        "sampler_kl": per_token("sampler_kl", before_any_update),
+        "sampler_logp_gap": per_token("sampler_logp_gap", before_any_update),
         "skipped_updates": skipped,
     }
 
@@ -861,8 +856,9 @@ def evaluate(sampler, tokenizer, task, problems: list[Problem], config: Config, 
     Returns the row of eval.jsonl and the rows of eval-<step>.jsonl.
     """
     n, k = len(problems), config.eval_samples
-    greedy = complete(sampler, tokenizer, task, problems, config, 1, config.seed, temperature=0.0)
-    sampled = complete(sampler, tokenizer, task, problems, config, k, config.seed)
+    most_likely = Sampling(config.max_completion_tokens, temperature=0.0)
+    greedy = complete(sampler, tokenizer, task, problems, 1, most_likely, config.seed)
+    sampled = complete(sampler, tokenizer, task, problems, k, config.sampling, config.seed)
     right = [sum(r.parts["correct"] == 1 for r in sampled[i * k : (i + 1) * k]) for i in range(n)]
     dead = [len({r.reward for r in sampled[i * k : (i + 1) * k]}) == 1 for i in range(n)]
     accuracy = average(r.parts["correct"] == 1 for r in greedy)
@@ -874,7 +870,7 @@ def evaluate(sampler, tokenizer, task, problems: list[Problem], config: Config, 
     row |= {"zero_advantage_groups": average(dead), "reward": average(r.reward for r in sampled), **part_means(sampled)}
     row |= {"length": average(r.length for r in sampled), "truncated": average(r.truncated for r in sampled)}
     if step == 0 and hasattr(task, "worked_prefix"):  # what the model could do, if only it showed its steps
-        shown = complete(sampler, tokenizer, task, problems, config, 1, config.seed, 0.0, task.worked_prefix)
+        shown = complete(sampler, tokenizer, task, problems, 1, most_likely, config.seed, task.worked_prefix)
         row["accuracy_worked"] = average(r.parts["correct"] == 1 for r in shown)
     details = [
         {"prompt": r.prompt, "completion": r.text, **r.parts, "length": r.length, "sampled_correct": c / k}
@@ -1183,6 +1179,8 @@ def train(config: Config) -> dict[str, Any]:
     model, tokenizer = load_model(str(folder.checkpoints()[-1]) if folder else config.model)
     problems, eos = evaluation_problems(task, tokenizer, model, config), find_eos(model, tokenizer)
     if config.gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise UsageError(f"gradient_checkpointing is not there for {type(model).__name__}: leave it off")
         model.gradient_checkpointing_enable()
     torch.manual_seed(config.seed)
     policy = Policy(model, config.temperature)
@@ -1318,6 +1316,8 @@ def main(argv: list[str] | None = None) -> None:
         result = train(parse_config(sys.argv[1:] if argv is None else argv))
     except UsageError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:  # outside the steps, or a second time inside one
+        sys.exit(130)
     sys.exit(130 if result.get("interrupted") else 0)
 
 

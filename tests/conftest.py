@@ -1,5 +1,6 @@
 """Small models, hand-made rollouts and an in-memory run that the tests share."""
 
+import copy
 import math
 import os
 import random
@@ -9,12 +10,21 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for a server
 import pytest
 import torch
 from accelerate import Accelerator
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import grpo
 from mathformer.tokenizer import build_tokenizer
 from mathformer.train import build_model
 
 PRETRAINED = "mathformer/pretrained"
+SHAPE = dict(vocab_size=33, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+SHAPE |= dict(num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.4)
+
+
+def other_model(name: str):
+    torch.manual_seed(0)
+    qwen = Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=True))
+    return (qwen if name == "qwen2" else LlamaForCausalLM(LlamaConfig(**SHAPE))).eval()
 
 
 @pytest.fixture(scope="session")
@@ -110,8 +120,6 @@ def expected_loss(model, rollouts: list[grpo.Rollout], config: grpo.Config) -> t
 
 def updated(model, rollouts, config, accelerator) -> tuple[dict, dict]:
     """Metrics of one `update` by plain SGD of rate 1, and minus the gradients that it applied, by parameter name."""
-    import copy
-
     policy = grpo.Policy(copy.deepcopy(model), config.temperature)
     before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)

@@ -81,11 +81,11 @@ class FakeTask:
 class FakeSampler:
     """Completions of the digits of a fixed plan, so that every figure can be worked out by hand."""
 
-    def generate(self, prompts, group_size, max_tokens, seed, temperature=1.0, top_p=1.0, top_k=0):
+    def generate(self, prompts, group_size, sampling, seed):
         rollouts = []
         for p, prompt in enumerate(prompts):
             for g in range(group_size):
-                length = 2 if temperature == 0 and p < 7 else 1 + (p + g) % 2 if p else 2
+                length = 2 if sampling.temperature == 0 and p < 7 else 1 + (p + g) % 2 if p else 2
                 rollouts.append(grpo.Rollout(prompt, [7] * length, [0.0] * length, truncated=length == 1))
         return rollouts
 
@@ -134,9 +134,8 @@ def test_prefill_is_prompted_and_judged(tokenizer, make_config):
     example = {"x": 4}
     prompt, ids = grpo.encode_prompt(tokenizer, task, example)
     assert prompt == "<sos>412" and ids == tokenizer("<sos>412")["input_ids"]
-    rollouts = grpo.complete(
-        FakeSampler(), tokenizer, task, [grpo.Problem(example, prompt, ids)], make_config(), 1, 0, prefix="("
-    )
+    problems = [grpo.Problem(example, prompt, ids)]
+    rollouts = grpo.complete(FakeSampler(), tokenizer, task, problems, 1, make_config().sampling, 0, prefix="(")
     assert rollouts[0].text == "12(00" and rollouts[0].prompt_ids == ids + tokenizer("(")["input_ids"]
 
 

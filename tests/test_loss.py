@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import expected_loss, is_close, largest_difference, row_logps, updated
+from conftest import expected_loss, is_close, largest_difference, other_model, row_logps, updated
 
 import grpo
 
@@ -211,6 +211,14 @@ def test_logits_are_float32_inside_autocast(model):
         logits = grpo.output_logits(model, hidden.bfloat16())
     assert logits.dtype == torch.float32
     assert torch.allclose(logits, hidden.bfloat16().float() @ model.lm_head.weight.T, atol=1e-5)
+
+
+def test_gradient_checkpointing_changes_nothing(make_rollouts, make_config, accelerator):
+    model = other_model("qwen2")
+    plain = updated(model, make_rollouts(), make_config(), accelerator)
+    model.gradient_checkpointing_enable()
+    metrics, change = updated(model, make_rollouts(), make_config(), accelerator)
+    assert largest_difference(change, plain[1]) < 1e-5 and is_close(metrics["loss"], plain[0]["loss"])
 
 
 def test_completion_logps_is_the_plain_face(model, make_rollouts):

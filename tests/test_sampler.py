@@ -2,25 +2,18 @@
 
 import pytest
 import torch
-from conftest import row_logps
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from conftest import SHAPE, other_model, row_logps
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import grpo
 
 EOS = 2
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11], [12, 13, 14]]
-SHAPE = dict(vocab_size=33, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-SHAPE |= dict(num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.4)
-
-
-def other_model(name: str):
-    torch.manual_seed(0)
-    qwen = Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=True))
-    return (qwen if name == "qwen2" else LlamaForCausalLM(LlamaConfig(**SHAPE))).eval()
 
 
 def sample(model, group_size=8, max_tokens=20, seed=0, sample_rows=256, **settings) -> list[grpo.Rollout]:
-    return grpo.TorchSampler(model, [EOS], sample_rows).generate(PROMPTS, group_size, max_tokens, seed, **settings)
+    sampling = grpo.Sampling(max_tokens, **settings)
+    return grpo.TorchSampler(model, [EOS], sample_rows).generate(PROMPTS, group_size, sampling, seed)
 
 
 @pytest.mark.parametrize("name", ["mathformer", "qwen2", "llama"])
@@ -46,7 +39,7 @@ def test_groups_are_contiguous_and_end_where_they_should(model):
 
 
 def test_several_eos_tokens_all_end_a_row(model):
-    rollouts = grpo.TorchSampler(model, [EOS, 7]).generate(PROMPTS, 8, 20, seed=0)
+    rollouts = grpo.TorchSampler(model, [EOS, 7]).generate(PROMPTS, 8, grpo.Sampling(20), seed=0)
     assert {r.completion_ids[-1] for r in rollouts if not r.truncated} == {EOS, 7}
     assert not any({EOS, 7} & set(r.completion_ids[:-1]) for r in rollouts)
 
