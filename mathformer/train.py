@@ -157,7 +157,8 @@ def pretrain(config: PretrainConfig) -> None:
     output_dir = Path(config.output)
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
-    record = dict(dataclasses.asdict(config), seconds=round(time.time() - started), answer_tokens=tokens)
+    record = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("output", "log_csv")}
+    record |= dict(seconds=round(time.time() - started), answer_tokens=tokens)
     (output_dir / "pretraining.json").write_text(json.dumps(record, indent=1) + "\n")
     if config.log_csv:
         with open(config.log_csv, "w", newline="") as file:
