@@ -29,6 +29,7 @@ import dataclasses
 import glob
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -906,6 +907,8 @@ def verdict(row: dict) -> str:
 class RunFolder:
     """What a run leaves behind: config.yaml, metrics, rollouts, evaluations, checkpoints, curves.png."""
 
+    LOGS = ("metrics.jsonl", "metrics.csv", "rollouts.jsonl", "eval.jsonl")  # these only ever grow
+
     def __init__(self, path: Path):
         self.path = path
 
@@ -916,21 +919,23 @@ class RunFolder:
         fixed = json.dumps({k: v for k, v in settings.items() if k not in CHANGEABLE_ON_RESUME}, sort_keys=True)
         task, model = (re.split("[/:]", name.rstrip("/"))[-1] for name in (config.task, config.model))
         name = f"{task}-{model}-s{config.seed}-{hashlib.sha256(fixed.encode()).hexdigest()[:6]}"
-        for suffix in ["", *(f"-{i}" for i in range(2, 10_000))]:
-            path = Path(config.runs) / (name + suffix)
+        for i in itertools.count(1):
+            path = Path(config.runs) / (name if i == 1 else f"{name}-{i}")
             with suppress(FileExistsError):
                 path.mkdir(parents=True)
-                (path / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-                return cls(path)
-        raise UsageError(f"{config.runs} holds 10,000 runs called {name}")
+                break
+        (path / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+        return cls(path)
 
     def append(self, name: str, rows: list[dict]) -> None:
         with open(self.path / name, "a") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     def read(self, name: str) -> list[dict]:
-        path = self.path / name
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        if not (self.path / name).exists():
+            return []
+        with open(self.path / name) as file:
+            return [json.loads(line) for line in file]
 
     def log_step(self, row: dict, rollouts: list[Rollout]) -> None:
         """One row in metrics.jsonl and metrics.csv, and one row for each completion in rollouts.jsonl."""
@@ -963,7 +968,8 @@ class RunFolder:
         tokenizer.save_pretrained(partial)
         states = optimizer.state_dict()["state"]
         save_file({f"{i}.{k}": v for i, s in states.items() for k, v in s.items()}, partial / "optimizer.safetensors")
-        (partial / "state.json").write_text(json.dumps({"step": step, "tokens": tokens}))
+        sizes = {name: (self.path / name).stat().st_size for name in self.LOGS}
+        (partial / "state.json").write_text(json.dumps({"step": step, "tokens": tokens, "log_sizes": sizes}))
         partial.rename(whole)
         for old in self.checkpoints()[:-keep_last]:
             shutil.rmtree(old)
@@ -972,21 +978,15 @@ class RunFolder:
         return sorted(self.path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
 
     def resume(self, optimizer) -> tuple[int, int]:
-        """Loads the optimizer from the newest checkpoint, takes later rows out of the logs; returns step and tokens."""
+        """Loads the optimizer from the newest checkpoint, cuts later rows off the logs; returns step and tokens."""
         newest = self.checkpoints()[-1]
         saved, state = json.loads((newest / "state.json").read_text()), optimizer.state_dict()
         for name, value in load_file(newest / "optimizer.safetensors").items():
             index, key = name.split(".")
             state["state"].setdefault(int(index), {})[key] = value
         optimizer.load_state_dict(state)
-        for name in ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl"):
-            kept = [row for row in self.read(name) if row["step"] <= saved["step"]]
-            (self.path / name).write_text("")
-            self.append(name, kept)
-        with open(self.path / "metrics.csv") as file:
-            header, *rows = file.readlines()
-        kept = [row for row in rows if int(row.split(",")[0]) <= saved["step"]]
-        (self.path / "metrics.csv").write_text("".join([header, *kept]))
+        for name, size in saved["log_sizes"].items():
+            os.truncate(self.path / name, size)
         return saved["step"], saved["tokens"]
 
     def plot(self) -> Path:

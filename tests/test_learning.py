@@ -8,21 +8,18 @@ from conftest import PRETRAINED
 import grpo
 
 
-def first_steps(seed: int, tmp_path, steps: int = 20) -> list[dict]:
-    """Metrics of the first steps of the plain command, with a small evaluation."""
-    settings = ["--steps", str(steps), "--seed", str(seed), "--runs", str(tmp_path), "--task_args.eval_size", "100"]
-    summary = grpo.train(grpo.parse_config([*settings, "--eval_steps", "0", "--print_steps", "0"]))
-    return [json.loads(line) for line in (summary["run"] / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_first_steps_of_the_default_run_learn(seed, tmp_path):
-    metrics = first_steps(seed, tmp_path)
-    for key, margin in {"reward": 0.04, "worked": 0.15, "length": 3.0}.items():
-        early, late = (sum(row[key] for row in rows) / 5 for rows in (metrics[:5], metrics[-5:]))
-        assert late > early + margin, (key, early, late)
+def test_the_first_20_steps_of_the_default_run_learn(seed, tmp_path):
+    settings = ["--steps", "20", "--seed", str(seed), "--runs", str(tmp_path), "--eval_steps", "0"]
+    summary = grpo.train(grpo.parse_config([*settings, "--task_args.eval_size", "300", "--print_steps", "0"]))
+    first, last = summary["first"], summary["last"]
+    # over seeds 0 to 3 on the machine of the README: worked .07 -> .18, length 5.4 -> 8.1, sampled .35 -> .38
+    assert last["worked"] > first["worked"] + 0.05
+    assert last["length"] > first["length"] + 1.5
+    assert last["accuracy_sampled"] > first["accuracy_sampled"]
+    metrics = [json.loads(line) for line in (summary["run"] / "metrics.jsonl").read_text().splitlines()]
     assert max(row["sampler_logp_gap"] for row in metrics) < 1e-4
-    assert max(row["peak_memory"] for row in metrics) < 3, "of the whole test process; the default run stays under 1.5"
+    assert sum(row["skipped_updates"] for row in metrics) == 0
 
 
 def test_the_base_can_work_but_mostly_does_not(tmp_path):

@@ -260,7 +260,7 @@ def test_pretraining_learns_repeats_and_leaves_a_model(tmp_path):
     a, b = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in "ab")
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
     losses = [line.split(",")[1] for line in (tmp_path / "a.csv").read_text().splitlines()[1:]]
-    assert float(losses[-1]) < 2.4  # log(33) = 3.5 at the start
+    assert float(losses[-1]) < 2.7  # it starts at log(33) = 3.5
     with pytest.raises(ValueError, match="exists already"):
         PretrainConfig(output=str(tmp_path / "a"))
 

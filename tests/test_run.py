@@ -14,6 +14,7 @@ import torch
 import transformers
 import yaml
 from accelerate.state import AcceleratorState
+from conftest import PRETRAINED
 
 import grpo
 from mathformer.train import build_model
@@ -194,12 +195,14 @@ def test_top_k_takes_old_logps_from_the_trainer(run, pays_length):
     assert row["ratio_max"] == pytest.approx(1, abs=1e-5) and row["sampler_logp_gap"] > 0.01
 
 
-def test_bf16_runs(run, pays_length):
-    plain = rows(run(steps=1)["run"], "metrics.jsonl")[0]
+def test_bf16_is_bf16_and_sampler_and_trainer_agree_in_it(run):
+    plain = rows(run(model=PRETRAINED, steps=1)["run"], "metrics.jsonl")[0]
     AcceleratorState._reset_state(reset_partial_state=True)  # one process has one precision
-    bf16 = rows(run(steps=1, precision="bf16")["run"], "metrics.jsonl")[0]
+    bf16 = rows(run(model=PRETRAINED, steps=1, precision="bf16")["run"], "metrics.jsonl")[0]
     AcceleratorState._reset_state(reset_partial_state=True)
-    assert plain["sampler_logp_gap"] < 1e-5 < bf16["sampler_logp_gap"] < 0.05
+    assert plain["sampler_logp_gap"] < 1e-5
+    assert bf16["sampler_logp_gap"] < 0.05
+    assert bf16["entropy"] != pytest.approx(plain["entropy"], rel=1e-5)
 
 
 def test_a_second_interrupt_stops_at_once():
