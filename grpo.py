@@ -842,7 +842,7 @@ def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float
     """95 % interval of a share seen in n trials (Wilson's, sound near 0 and 1 too)."""
     center = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return center - half, center + half
+    return min(center - half, share), max(center + half, share)  # at 0 and 1 rounding would leave the share outside
 
 
 def clustered_interval(shares: list[float], z: float = 1.96) -> tuple[float, float]:
