@@ -196,9 +196,10 @@ def test_top_k_takes_old_logps_from_the_trainer(run, pays_length):
 
 
 def test_bf16_is_bf16_and_sampler_and_trainer_agree_in_it(run):
-    plain = rows(run(model=PRETRAINED, steps=1)["run"], "metrics.jsonl")[0]
+    settings = dict(model=PRETRAINED, task_args=dict(eval_size=6), prompts_per_step=8, steps=1)
+    plain = rows(run(**settings)["run"], "metrics.jsonl")[0]
     AcceleratorState._reset_state(reset_partial_state=True)  # one process has one precision
-    bf16 = rows(run(model=PRETRAINED, steps=1, precision="bf16")["run"], "metrics.jsonl")[0]
+    bf16 = rows(run(**settings, precision="bf16")["run"], "metrics.jsonl")[0]
     AcceleratorState._reset_state(reset_partial_state=True)
     assert plain["sampler_logp_gap"] < 1e-5
     assert bf16["sampler_logp_gap"] < 0.05
