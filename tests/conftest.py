@@ -10,7 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for a server
 import pytest
 import torch
 from accelerate import Accelerator
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import grpo
 from mathformer.tokenizer import build_tokenizer
@@ -22,9 +22,14 @@ SHAPE |= dict(num_key_value_heads=2, max_position_embeddings=128, initializer_ra
 
 
 def other_model(name: str):
+    """A random model of the Hugging Face library. GPT-2 has learned absolute positions, which padding can shift."""
     torch.manual_seed(0)
-    qwen = Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=True))
-    return (qwen if name == "qwen2" else LlamaForCausalLM(LlamaConfig(**SHAPE))).eval()
+    if name == "qwen2":
+        return Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=True)).eval()
+    if name == "llama":
+        return LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
+    config = GPT2Config(vocab_size=33, n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.4)
+    return GPT2LMHeadModel(config).eval()
 
 
 @pytest.fixture(scope="session")

@@ -174,3 +174,17 @@ def test_collect_gives_each_group_its_own_advantages(tokenizer, make_config):
     rewards = torch.tensor([r.reward for r in rollouts]).view(3, 4)
     assert torch.allclose(torch.tensor([r.advantage for r in rollouts]).view(3, 4), grpo.group_advantages(rewards))
     assert [r.dead for r in rollouts] == [True] * 4 + [False] * 8
+
+
+def test_every_step_and_run_has_a_sampling_seed_of_its_own(tokenizer, make_config):
+    seeds = []
+
+    class Recorder(FakeSampler):
+        def generate(self, prompts, group_size, sampling, seed):
+            seeds.append(seed)
+            return super().generate(prompts, group_size, sampling, seed)
+
+    for run_seed in range(4):
+        for step in range(1, 6):
+            grpo.collect(Recorder(), tokenizer, FakeTask(), make_config(seed=run_seed), step)
+    assert len(set(seeds)) == 20

@@ -356,6 +356,14 @@ def test_epochs_and_minibatches_take_that_many_steps(model, make_rollouts, make_
     assert len(steps) == 8
 
 
+def test_sampler_gap_is_measured_before_the_first_update(model, make_rollouts, make_config, accelerator):
+    once, _ = updated(model, make_rollouts(), make_config(), accelerator)
+    thrice, _ = updated(model, make_rollouts(), make_config(epochs=3), accelerator)
+    for key in ("sampler_kl", "sampler_logp_gap"):
+        assert is_close(once[key], thrice[key], 1e-5)
+    assert not is_close(once["entropy"], thrice["entropy"], 1e-3), "the policy moved in between"
+
+
 def test_minibatches_at_rate_zero_add_up_to_the_whole(model, make_rollouts, make_config, accelerator):
     """With sequence weights the mean of the minibatch losses is the loss of the batch, while nothing moves."""
     rollouts = make_rollouts()

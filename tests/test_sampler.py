@@ -16,7 +16,7 @@ def sample(model, group_size=8, max_tokens=20, seed=0, sample_rows=256, **settin
     return grpo.TorchSampler(model, [EOS], sample_rows).generate(PROMPTS, group_size, sampling, seed)
 
 
-@pytest.mark.parametrize("name", ["mathformer", "qwen2", "llama"])
+@pytest.mark.parametrize("name", ["mathformer", "qwen2", "llama", "gpt2"])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_sampler_and_trainer_agree_on_ragged_rows(model, name, temperature):
     model = model if name == "mathformer" else other_model(name)
