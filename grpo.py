@@ -46,7 +46,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 if sys.platform == "darwin":  # before torch is imported: operations that Apple's GPU lacks then run on the CPU
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
@@ -108,7 +108,7 @@ class Config:
     top_k: int = 0
     """sample from the k most likely tokens only; 0 is off"""
     sample_rows: int = 256
-    """completions that are sampled at the same time"""
+    """completions that are sampled at the same time, but at least one whole group"""
 
     # The algorithm
     advantage: Literal["grpo", "dr_grpo"] = "grpo"
@@ -124,7 +124,7 @@ class Config:
     kl_kind: Literal["k1", "k2", "k3"] = "k3"
     """estimator of that KL (kl_estimate)"""
     old_logps: Literal["sampler", "trainer"] = "sampler"
-    """whose log-probs the ratio is taken against; top_k or top_p need trainer, which is then chosen"""
+    """whose log-probs the ratio is taken against; with top_k or top_p on it is always the trainer"""
     epochs: int = 1
     """passes over the completions of a step"""
     minibatches: int = 1
@@ -173,35 +173,43 @@ class Config:
     def __post_init__(self):
         if not self.model or not self.task:
             raise UsageError("both --model and --task are needed (or neither: then the arithmetic preset runs)")
-        for name, lowest in LOWEST.items():
-            if not getattr(self, name) >= lowest:
-                why = " (with one completion there is nothing to compare it with)" if name == "group_size" else ""
-                raise UsageError(f"{name} is {getattr(self, name)}, it must be {lowest} or more{why}")
-        for name in ("temperature", "top_p", "lr", "grad_clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UsageError(f"{name} is {getattr(self, name)}, it must be greater than 0")
+        for f in dataclasses.fields(self):
+            value, choices = getattr(self, f.name), get_args(f.type)
+            if get_origin(f.type) is Literal and value not in choices:
+                raise UsageError(f"{f.name} is {value!r}, it must be one of {', '.join(choices)}")
+            if f.name in LOWEST and not LOWEST[f.name] <= value < math.inf:
+                why = " (with one completion there is nothing to compare it with)" if f.name == "group_size" else ""
+                raise UsageError(f"{f.name} is {value}, it must be {LOWEST[f.name]} or more{why}")
+            if f.name in ("temperature", "top_p", "lr", "grad_clip") and not 0 < value < math.inf:
+                raise UsageError(f"{f.name} is {value}, it must be greater than 0")
         if self.top_p > 1:
             raise UsageError(f"top_p is {self.top_p}, it must be at most 1")
         if (rows := self.prompts_per_step * self.group_size) % self.minibatches:
             raise UsageError(f"minibatches is {self.minibatches}, it must divide the {rows} completions of a step")
-        if self.top_k or self.top_p < 1:
-            self.old_logps = "trainer"  # the sampler's log-probs are then of another distribution than the trainer's
-        if self.drop_dead_groups is None:
-            self.drop_dead_groups = self.kl_coef == 0  # with a KL penalty a dead group still has a gradient
+
+    @property
+    def samples_all_tokens(self) -> bool:
+        """Whether the sampler draws from the policy itself, and not from its most likely tokens only."""
+        return self.top_k == 0 and self.top_p == 1
+
+    @property
+    def uses_trainer_logps(self) -> bool:
+        return self.old_logps == "trainer" or not self.samples_all_tokens
+
+    @property
+    def drops_dead_groups(self) -> bool:
+        return self.kl_coef == 0 if self.drop_dead_groups is None else self.drop_dead_groups
 
     @property
     def sampling(self) -> "Sampling":
         return Sampling(self.max_completion_tokens, self.temperature, self.top_p, self.top_k)
 
 
-LOWEST = {
-    **dict.fromkeys(["group_size"], 2),
-    **dict.fromkeys(["prompts_per_step", "max_prompt_tokens", "max_completion_tokens", "sample_rows", "epochs"], 1),
-    **dict.fromkeys(["minibatches", "tokens_per_microbatch", "eval_samples", "save_steps", "keep_last"], 1),
-    **dict.fromkeys(["steps", "top_k", "kl_coef", "clip_low", "clip_high", "warmup_steps", "weight_decay"], 0),
-    **dict.fromkeys(["eval_steps", "print_steps"], 0),
-}
+LOWEST = dict(group_size=2, prompts_per_step=1, max_prompt_tokens=1, max_completion_tokens=1, sample_rows=1, epochs=1)
+LOWEST |= dict(minibatches=1, tokens_per_microbatch=1, eval_samples=1, save_steps=1, keep_last=1, steps=0, top_k=0)
+LOWEST |= dict(kl_coef=0, clip_low=0, clip_high=0, warmup_steps=0, weight_decay=0, eval_steps=0, print_steps=0)
 CHANGEABLE_ON_RESUME = {"steps", "eval_steps", "save_steps", "keep_last", "print_steps", "about", "runs", "resume"}
+CHANGEABLE_ON_RESUME |= {"tokens_per_microbatch", "gradient_checkpointing", "offload_reference"}  # what memory needs
 
 
 # ==== 2. Tasks and rewards ============================================================================================
@@ -233,18 +241,19 @@ def load_task(name: str, task_args: dict[str, Any]):
         known = ", ".join(TASKS)
         raise UsageError(f"unknown task {name!r}; built in: {known}; your own: module:Class or path/to/file.py:Class")
     try:
-        is_file = where.endswith(".py")
-        task_class = (runpy.run_path(where) if is_file else vars(import_module(where)))[class_name]
-    except KeyError as error:
-        raise UsageError(f"task {name!r}: {where} has no class {class_name}") from error
-    except (ModuleNotFoundError, FileNotFoundError) as error:
-        raise UsageError(f"task {name!r} cannot be imported: {error}") from error
-    signature = inspect.signature(task_class)
+        if where.endswith(".py"):
+            sys.path.insert(0, str(Path(where).parent))  # so that the file can import its neighbours
+            found = runpy.run_path(where)
+        else:
+            found = vars(import_module(where))
+    except Exception as error:  # anyone's code may be in there
+        raise UsageError(f"task {name!r} cannot be imported: {type(error).__name__}: {error}") from error
+    if class_name not in found:
+        raise UsageError(f"task {name!r}: {where} has no class {class_name}")
     try:
-        signature.bind(**task_args)
-        return task_class(**task_args)
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"task {name!r}: {error}; its arguments: {signature}") from error
+        return found[class_name](**task_args)
+    except Exception as error:
+        raise UsageError(f"task {name!r}: {error}; its arguments: {inspect.signature(found[class_name])}") from error
 
 
 # ==== 3. Sampling =====================================================================================================
@@ -343,7 +352,8 @@ class TorchSampler:
         self.generator.manual_seed(seed)
         at_once = max(1, self.sample_rows // group_size)
         chunks = [prompts[i : i + at_once] for i in range(0, len(prompts), at_once)]
-        return [rollout for chunk in chunks for rollout in self._generate(chunk, group_size, *sampling)]
+        with self.autocast():
+            return [rollout for chunk in chunks for rollout in self._generate(chunk, group_size, *sampling)]
 
     def _generate(self, prompts, group_size, max_tokens, temperature, top_p, top_k) -> list[Rollout]:
         # Left padding puts the last prompt token of every row in the last column, where the next token comes from.
@@ -390,10 +400,9 @@ class TorchSampler:
     def _forward(self, ids, mask, cache):
         """Next-token logits [B, V] after the last column of `ids` [B, T]; `mask` [B, past + T] is 0 on padding."""
         position = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        with self.autocast():
-            out = self.model.base_model(
-                ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
-            )
+        out = self.model.base_model(
+            ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
+        )
         return output_logits(self.model, out.last_hidden_state[:, -1]), out.past_key_values
 
 
@@ -410,7 +419,10 @@ def encode_prompt(tokenizer, task, example: dict) -> tuple[str, list[int]]:
         prompt = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     prompt += getattr(task, "prefill", "")
     # a chat template writes the special tokens itself; plain text gets those that the tokenizer always adds
-    return prompt, tokenizer(prompt, add_special_tokens=not is_chat)["input_ids"]
+    ids = tokenizer(prompt, add_special_tokens=not is_chat)["input_ids"]
+    if not ids:
+        raise UsageError(f"the prompt of {example!r} is empty: there is no token to go on from")
+    return prompt, ids
 
 
 def draw_prompts(task, tokenizer, config: Config, step: int) -> tuple[list[Problem], int]:
@@ -425,10 +437,8 @@ def draw_prompts(task, tokenizer, config: Config, step: int) -> tuple[list[Probl
         problem = Problem(example, *encode_prompt(tokenizer, task, example))
         if len(problem.ids) <= config.max_prompt_tokens:
             drawn.append(problem)
-            continue
-        too_long += 1
-        if too_long == 1000 and not drawn:
-            raise UsageError(f"1000 prompts in a row are over max_prompt_tokens = {config.max_prompt_tokens}: raise it")
+        elif (too_long := too_long + 1) > 1000 * config.prompts_per_step:
+            raise UsageError(f"nearly all prompts are over max_prompt_tokens = {config.max_prompt_tokens}: raise it")
     return drawn, too_long
 
 
@@ -443,7 +453,8 @@ def complete(
     rollouts = sampler.generate([problem.ids + behind for problem in problems], group_size, sampling, seed)
     for i, rollout in enumerate(rollouts):
         problem = problems[i // group_size]
-        completion = tokenizer.decode(rollout.completion_ids, skip_special_tokens=True)
+        # only the end-of-sequence token is no text: a special token in the middle must not vanish from an answer
+        completion = tokenizer.decode(rollout.completion_ids[: None if rollout.truncated else -1])
         rollout.prompt, rollout.text = problem.prompt, getattr(task, "prefill", "") + prefix + completion
         rollout.parts = judge(task, rollout.text, problem)
         rollout.reward = float(rollout.parts["reward"])
@@ -459,9 +470,17 @@ def judge(task, text: str, problem: Problem) -> dict:
         raise UsageError(f"{where} raised {type(error).__name__}: {error}") from error
     if not isinstance(parts, dict) or any(key not in parts for key in REWARD_KEYS):
         raise UsageError(f"{where} must be a dict with the keys {', '.join(REWARD_KEYS)}, but is {parts!r}")
-    if not isinstance(parts["reward"], int | float) or not math.isfinite(parts["reward"]):
-        raise UsageError(f"{where} gives the reward {parts['reward']!r}, which is no finite number")
+    parts = {key: value.item() if hasattr(value, "item") else value for key, value in parts.items()}  # numpy, torch
+    for key in ("reward", "correct", "format"):
+        if not is_number(parts[key]) or not math.isfinite(parts[key]):
+            raise UsageError(f"{where} gives the {key} {parts[key]!r}, which is no finite number")
+    if parts["correct"] not in (0, 1):
+        raise UsageError(f"{where} gives the correct {parts['correct']!r}, which must be 0 or 1; parts go into reward")
     return parts
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
 
 
 def group_advantages(rewards: torch.Tensor, kind: str = "grpo", eps: float = 1e-4) -> torch.Tensor:
@@ -491,7 +510,7 @@ def collect(sampler, tokenizer, task, config: Config, step: int) -> tuple[list[R
     problems, too_long = draw_prompts(task, tokenizer, config, step)
     seed = config.seed * 1_000_003 + step
     rollouts = complete(sampler, tokenizer, task, problems, config.group_size, config.sampling, seed)
-    rewards = torch.tensor([r.reward for r in rollouts]).view(-1, config.group_size)  # [P, G]
+    rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float64).view(-1, config.group_size)  # [P, G]
     advantages = group_advantages(rewards, config.advantage).flatten().tolist()
     dead = (rewards.amax(1) == rewards.amin(1)).repeat_interleave(config.group_size).tolist()
     for i, rollout in enumerate(rollouts):
@@ -518,9 +537,10 @@ def rollout_metrics(rollouts: list[Rollout], group_size: int) -> dict[str, float
 
 
 def part_means(rollouts: list[Rollout]) -> dict[str, float | None]:
-    """Means of `correct`, `format` and of every number of the task's own."""
-    own = [key for key, value in rollouts[0].parts.items() if key not in REWARD_KEYS and isinstance(value, int | float)]
-    return {key: average(float(r.parts[key]) for r in rollouts) for key in ["correct", "format", *own]}
+    """Means of `correct`, `format` and of every number of the task's own, over the completions that have one."""
+    own = [key for r in rollouts for key, value in r.parts.items() if key not in REWARD_KEYS and is_number(value)]
+    keys = dict.fromkeys(["correct", "format", *own])
+    return {key: average(float(r.parts[key]) for r in rollouts if is_number(r.parts.get(key))) for key in keys}
 
 
 def average(values) -> float | None:
@@ -574,7 +594,8 @@ class Policy(nn.Module):
     def _token_logps(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # GRPO: the distribution that was sampled from is the one with the temperature in it
         distribution = (output_logits(self.model, hidden) / self.temperature).log_softmax(-1)
-        entropy = -(distribution.exp() * distribution).sum(-1)
+        with torch.no_grad():  # a metric
+            entropy = -(distribution.exp() * distribution).sum(-1)
         return distribution.gather(1, targets[:, None])[:, 0], entropy
 
 
@@ -672,6 +693,8 @@ def token_weights(
     """
     tokens = int(lengths.sum()) if total_tokens is None else total_tokens
     rows = len(lengths) if total_rows is None else total_rows
+    if kind == "constant" and max_tokens < 1:
+        raise ValueError("the constant weights need max_tokens")
     if kind == "token":
         weights = torch.full_like(lengths, 1 / max(tokens, 1), dtype=torch.float32)
     elif kind == "sequence":
@@ -748,8 +771,8 @@ def batch_loss(
     """A microbatch's part of the loss, a scalar; and what the metrics need: sums over its tokens, and the top ratio."""
     inputs = policy_inputs(batch, device)
     lengths, mask = inputs["lengths"], completion_mask(inputs["lengths"])
-    sampled = pad([r.logps for r in batch], device)
-    old = sampled if config.old_logps == "sampler" else pad([r.old_logps for r in batch], device)
+    sampled = pad([r.logps for r in batch], device)  # log-probs under the policy that acted, as the sampler saw it
+    old = pad([r.old_logps for r in batch], device) if config.uses_trainer_logps else sampled
     advantages = torch.tensor([[r.advantage] for r in batch], device=device)  # [B, 1]
 
     logps, entropy = policy(**inputs)  # [B, T]
@@ -762,10 +785,17 @@ def batch_loss(
     loss = (loss.sum(1) * weights).sum()
 
     gap = (sampled - logps)[mask]
-    numbers = {"loss": loss, "tokens": mask.sum(), "kl_ref": kl.sum(), "entropy": entropy.sum()}
-    numbers |= {"clipped_low": (clipped < 0).sum(), "clipped_high": (clipped > 0).sum()}
-    numbers |= {"sampler_kl": gap.sum(), "sampler_logp_gap": gap.abs().sum()}
-    numbers |= {"ratio_max": (logps - old)[mask].max().exp()}
+    numbers = {
+        "loss": loss,
+        "tokens": mask.sum(),
+        "kl_ref": kl.sum(),
+        "entropy": entropy.sum(),
+        "clipped_low": (clipped < 0).sum(),
+        "clipped_high": (clipped > 0).sum(),
+        "sampler_kl": gap.sum(),
+        "sampler_logp_gap": gap.abs().sum(),
+        "ratio_max": (logps - old)[mask].max().exp(),
+    }
     return loss, dict(zip(numbers, torch.stack([n.detach().float() for n in numbers.values()]).tolist(), strict=True))
 
 
@@ -791,13 +821,14 @@ def update(
             total_tokens = sum(r.length for r in minibatch)
             # GRPO: dead groups have advantage 0 and, without a KL term, no gradient, so they skip the forward and the
             # backward pass. They still count in the totals: leaving them out there would raise the learning rate.
-            kept = [r for r in minibatch if not (r.dead and config.drop_dead_groups)]
+            kept = [r for r in minibatch if not (r.dead and config.drops_dead_groups)]
             for batch in microbatches(kept, config.tokens_per_microbatch):
                 loss, numbers = batch_loss(policy, batch, config, accelerator.device, total_tokens, len(minibatch))
                 accelerator.backward(loss)
                 ratio_max = max(ratio_max, numbers.pop("ratio_max"))
                 sums.update(numbers)
-            before_any_update = before_any_update or Counter(sums)
+            if before_any_update is None:
+                before_any_update = Counter(sums)
             if kept:
                 grad_norms.append(accelerator.clip_grad_norm_(policy.parameters(), config.grad_clip).item())
             if kept and math.isfinite(grad_norms[-1]):
@@ -818,9 +849,10 @@ def update(
         "clipped_low": per_token("clipped_low", sums),
         "clipped_high": per_token("clipped_high", sums),
         "ratio_max": ratio_max,
-        # these two compare the sampler with the trainer, which are the same model only until the first update
-        "sampler_kl": per_token("sampler_kl", before_any_update),
-        "sampler_logp_gap": per_token("sampler_logp_gap", before_any_update),
+        # these two compare the sampler with the trainer, which are the same model only until the first update, and
+        # the same distribution only where the sampler leaves no token out
+        "sampler_kl": per_token("sampler_kl", before_any_update) if config.samples_all_tokens else None,
+        "sampler_logp_gap": per_token("sampler_logp_gap", before_any_update) if config.samples_all_tokens else None,
         "skipped_updates": skipped,
     }
 
@@ -867,7 +899,8 @@ def evaluate(sampler, tokenizer, task, problems: list[Problem], config: Config, 
     row["accuracy_low"], row["accuracy_high"] = wilson_interval(accuracy, n)
     row["accuracy_sampled"] = average(c / k for c in right)
     row["accuracy_sampled_low"], row["accuracy_sampled_high"] = clustered_interval([c / k for c in right])
-    row["pass_at_k"] = {str(2**i): average(pass_at_k(k, c, 2**i) for c in right) for i in range(k.bit_length())}
+    ks = sorted({2**i for i in range(k.bit_length())} | {k})
+    row["pass_at_k"] = {str(j): average(pass_at_k(k, c, j) for c in right) for j in ks}
     row |= {"zero_advantage_groups": average(dead), "reward": average(r.reward for r in sampled), **part_means(sampled)}
     row |= {"length": average(r.length for r in sampled), "truncated": average(r.truncated for r in sampled)}
     if step == 0 and hasattr(task, "worked_prefix"):  # what the model could do, if only it showed its steps
@@ -883,19 +916,21 @@ def evaluate(sampler, tokenizer, task, problems: list[Problem], config: Config, 
 def verdict(row: dict) -> str:
     """Will it learn? A forecast from the first evaluation, before hours are spent.
 
-    GRPO learns from groups that disagree. On the small model, a base with 67 % dead groups still learned, in twice the
-    steps of one with 45 %; one with 75 % did not in 120 steps.
+    GRPO learns from groups that disagree. On small models, bases with 37 % and with 67 % dead groups learned, the first
+    one faster; one with 75 % did not in 120 steps.
     """
-    k, dead, pass_1 = max(row["pass_at_k"], key=int), row["zero_advantage_groups"], row["pass_at_k"]["1"]
-    gain = row["pass_at_k"][k] - pass_1
-    problems = {
-        "many completions are cut off: raise max_completion_tokens": row["truncated"] > 0.3,
-        "few completions have the right form: change the prompt, or pay for the form": row["format"] < 0.2,
-        "the problems are too easy, little is left to learn": pass_1 > 0.9,
-        "too few groups disagree: take easier (or harder) problems, a larger group_size, a reward with partial "
-        "credit, or a better model": pass_1 <= 0.9 and (dead > 0.75 or gain < 0.1),
-    }
-    found = [advice for advice, holds in problems.items() if holds]
+    k, dead, pass_1 = max(map(int, row["pass_at_k"])), row["zero_advantage_groups"], row["pass_at_k"]["1"]
+    if k < 4:
+        return "will it learn? eval_samples of 4 or more are needed to tell"
+    gain = row["pass_at_k"][str(k)] - pass_1
+    advice = [
+        (row["truncated"] > 0.3, "many completions are cut off: raise max_completion_tokens"),
+        (row["format"] < 0.2, "few completions have the right form: change the prompt, or pay for the form"),
+        (pass_1 > 0.9, "the problems are too easy, little is left to learn"),
+        (pass_1 <= 0.9 and (dead > 0.75 or gain < 0.1), "too few groups disagree: take easier (or harder) problems, a "
+         "larger group_size, a reward with partial credit, or a better model"),
+    ]  # fmt: skip
+    found = [text for holds, text in advice if holds]
     answer = "yes" if dead <= 0.5 and gain >= 0.25 else "perhaps, slowly; a larger group_size leaves fewer dead groups"
     facts = f"dead groups {dead:.0%}, pass@1 {pass_1:.0%}, pass@{k} {pass_1 + gain:.0%}"
     return f"will it learn? {'unlikely: ' + '; '.join(found) if found else answer} ({facts})"
@@ -907,7 +942,7 @@ def verdict(row: dict) -> str:
 class RunFolder:
     """What a run leaves behind: config.yaml, metrics, rollouts, evaluations, checkpoints, curves.png."""
 
-    LOGS = ("metrics.jsonl", "metrics.csv", "rollouts.jsonl", "eval.jsonl")  # these only ever grow
+    LOGS = ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl")  # these only ever grow
 
     def __init__(self, path: Path):
         self.path = path
@@ -915,36 +950,34 @@ class RunFolder:
     @classmethod
     def create(cls, config: Config) -> "RunFolder":
         """A new folder under `config.runs`; an existing one is never written into."""
-        settings = dataclasses.asdict(config)
-        fixed = json.dumps({k: v for k, v in settings.items() if k not in CHANGEABLE_ON_RESUME}, sort_keys=True)
+        fixed = {k: v for k, v in dataclasses.asdict(config).items() if k not in CHANGEABLE_ON_RESUME}
+        digest = hashlib.sha256(json.dumps(fixed, sort_keys=True, default=str).encode()).hexdigest()
         task, model = (re.split("[/:]", name.rstrip("/"))[-1] for name in (config.task, config.model))
-        name = f"{task}-{model}-s{config.seed}-{hashlib.sha256(fixed.encode()).hexdigest()[:6]}"
+        name = f"{task}-{model}-s{config.seed}-{digest[:6]}"
         for i in itertools.count(1):
             path = Path(config.runs) / (name if i == 1 else f"{name}-{i}")
             with suppress(FileExistsError):
                 path.mkdir(parents=True)
                 break
-        (path / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+        for log in cls.LOGS:
+            (path / log).touch()
         return cls(path)
+
+    def write_config(self, config: Config) -> None:
+        settings = dataclasses.asdict(config) | {"resume": ""}
+        (self.path / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
 
     def append(self, name: str, rows: list[dict]) -> None:
         with open(self.path / name, "a") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
 
     def read(self, name: str) -> list[dict]:
-        if not (self.path / name).exists():
-            return []
         with open(self.path / name) as file:
             return [json.loads(line) for line in file]
 
     def log_step(self, row: dict, rollouts: list[Rollout]) -> None:
-        """One row in metrics.jsonl and metrics.csv, and one row for each completion in rollouts.jsonl."""
+        """One row in metrics.jsonl, and one row for each completion in rollouts.jsonl."""
         self.append("metrics.jsonl", [row])
-        with open(self.path / "metrics.csv", "a", newline="") as file:
-            writer = csv.DictWriter(file, row.keys())
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerow(row)
         rows = [
             {"step": row["step"], "prompt_id": hashlib.sha256(r.prompt.encode()).hexdigest()[:8], "prompt": r.prompt}
             | {"completion": r.text, **r.parts, "advantage": r.advantage, "length": r.length, "truncated": r.truncated}
@@ -954,11 +987,11 @@ class RunFolder:
 
     def log_evaluation(self, row: dict, details: list[dict]) -> None:
         self.append("eval.jsonl", [row])
-        text = "".join(json.dumps(detail, ensure_ascii=False) + "\n" for detail in details)
-        (self.path / f"eval-{row['step']}.jsonl").write_text(text)
+        (self.path / f"eval-{row['step']}.jsonl").write_text("")
+        self.append(f"eval-{row['step']}.jsonl", details)
 
     def save_checkpoint(self, step: int, tokens: int, model, tokenizer, optimizer, keep_last: int) -> None:
-        """checkpoint-<step>/: model, AdamW's moments and counters, under another name until it is whole.
+        """checkpoint-<step>/: model, AdamW's moments and counters, under another name until it is whole; metrics.csv.
 
         No random state is in it: all that is random in a step follows from the seed and the step's number.
         """
@@ -971,16 +1004,23 @@ class RunFolder:
         sizes = {name: (self.path / name).stat().st_size for name in self.LOGS}
         (partial / "state.json").write_text(json.dumps({"step": step, "tokens": tokens, "log_sizes": sizes}))
         partial.rename(whole)
+        rows = self.read("metrics.jsonl")
+        with open(self.path / "metrics.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+            writer.writeheader()
+            writer.writerows(rows)
         for old in self.checkpoints()[:-keep_last]:
             shutil.rmtree(old)
 
     def checkpoints(self) -> list[Path]:
         return sorted(self.path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
 
-    def resume(self, optimizer) -> tuple[int, int]:
+    def resume(self, optimizer, steps: int) -> tuple[int, int]:
         """Loads the optimizer from the newest checkpoint, cuts later rows off the logs; returns step and tokens."""
         newest = self.checkpoints()[-1]
         saved, state = json.loads((newest / "state.json").read_text()), optimizer.state_dict()
+        if steps < saved["step"]:
+            raise UsageError(f"{newest} is past step {steps} already: ask for more --steps")
         for name, value in load_file(newest / "optimizer.safetensors").items():
             index, key = name.split(".")
             state["state"].setdefault(int(index), {})[key] = value
@@ -1091,9 +1131,10 @@ def load_model(name: str):
         reason = str(error).splitlines()[0]
         raise UsageError(f"model {name!r} cannot be loaded: {reason} Give a folder, or a name on the Hub.") from error
     for module in model.modules():  # with dropout, the policy that is trained would not be the one that was sampled
-        for setting in ("p", "dropout", "attention_dropout"):
-            if isinstance(getattr(module, setting, None), float):
-                setattr(module, setting, 0.0)
+        for name, value in list(vars(module).items()):
+            is_dropout = "drop" in name or (name == "p" and isinstance(module, nn.modules.dropout._DropoutNd))
+            if is_dropout and isinstance(value, float):
+                setattr(module, name, 0.0)
     return model, tokenizer
 
 
@@ -1111,8 +1152,12 @@ def make_accelerator(config: Config) -> Accelerator:
     if not present.get(config.device, True):
         here = ", ".join(device for device in present if present[device])
         raise UsageError(f"there is no device {config.device!r} here, only {here}")
-    use_bf16 = {"auto": present["cuda"] and config.device in ("auto", "cuda"), "fp32": False, "bf16": True}
-    return Accelerator(cpu=config.device == "cpu", mixed_precision="bf16" if use_bf16[config.precision] else "no")
+    on_cuda = present["cuda"] and config.device in ("auto", "cuda")
+    has_bf16 = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    if config.precision == "bf16" and on_cuda and not has_bf16:
+        raise UsageError("this GPU has no bf16: use --precision fp32")
+    use_bf16 = {"auto": has_bf16, "fp32": False, "bf16": True}[config.precision]
+    return Accelerator(cpu=config.device == "cpu", mixed_precision="bf16" if use_bf16 else "no")
 
 
 def evaluation_problems(task, tokenizer, model, config: Config) -> list[Problem]:
@@ -1134,7 +1179,17 @@ def evaluation_problems(task, tokenizer, model, config: Config) -> list[Problem]
     if len(fitting) < len(problems):
         print(f"{len(problems) - len(fitting)} evaluation prompts over {config.max_prompt_tokens} tokens are left out")
     judge(task, "", fitting[0])
+    draw_prompts(task, tokenizer, config, step=1)
     return fitting
+
+
+@torch.no_grad()
+def check_logits(model, prompt: list[int]) -> None:
+    """Refuses models that change their logits behind the output head: `output_logits` would train other ones."""
+    ids = torch.tensor([prompt[:64]])
+    own, ours = model(ids).logits.float(), output_logits(model, model.base_model(ids).last_hidden_state)
+    if not torch.allclose(own, ours, atol=1e-2):
+        raise UsageError(f"{type(model).__name__} scales or caps its logits behind the output head: not supported yet")
 
 
 @contextmanager
@@ -1168,16 +1223,17 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-def train(config: Config) -> dict[str, Any]:
-    """The whole run. Returns the first and the last evaluation, seconds, tokens and the run's folder."""
-    started = time.time()
+def setup(config: Config):
+    """Everything that a run needs, checked before any long work and before a folder is made."""
     transformers.utils.logging.disable_progress_bar()  # of loading and saving: they would break up our own
     task, accelerator = load_task(config.task, config.task_args), make_accelerator(config)
     folder = RunFolder(Path(config.resume)) if config.resume else None
     if folder and not folder.checkpoints():
         raise UsageError(f"{folder.path} holds no checkpoint to go on from")
     model, tokenizer = load_model(str(folder.checkpoints()[-1]) if folder else config.model)
+    model.eval()
     problems, eos = evaluation_problems(task, tokenizer, model, config), find_eos(model, tokenizer)
+    check_logits(model, problems[0].ids)
     if config.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise UsageError(f"gradient_checkpointing is not there for {type(model).__name__}: leave it off")
@@ -1191,74 +1247,95 @@ def train(config: Config) -> dict[str, Any]:
     if config.kl_coef > 0:
         reference = Policy(load_model(config.model)[0], config.temperature).requires_grad_(False)
         reference.to("cpu" if config.offload_reference else accelerator.device)
-    done, tokens = folder.resume(optimizer) if folder else (0, 0)
+    done, tokens = folder.resume(optimizer, config.steps) if folder else (0, 0)
     folder = folder or RunFolder.create(config)
-    evaluations = folder.read("eval.jsonl")
+    folder.write_config(config)
     print(
         f"GRPO: {config.model} ({sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters) on {config.task}, "
-        f"steps {done + 1} to {config.steps} of {config.prompts_per_step} prompts x {config.group_size} completions, "
+        f"{config.steps} steps of {config.prompts_per_step} prompts x {config.group_size} completions, "
         f"on {accelerator.device}. {config.about}\nrun folder: {folder.path}"
     )
+    if done:
+        print(f"going on after step {done}")
+    if config.uses_trainer_logps:
+        print("the ratio is taken against log-probs of the trainer: one more forward pass a step")
+    if config.kl_coef > 0 and config.drops_dead_groups:
+        print("dead groups are dropped although kl_coef is positive: they will not be pulled toward the reference")
+    return task, accelerator, model, tokenizer, problems, policy, optimizer, sampler, reference, folder, done, tokens
 
-    def evaluate_now(step: int) -> None:
-        row, details = evaluate(sampler, tokenizer, task, problems, config, step)
-        folder.log_evaluation(row, details)
-        evaluations.append(row)
-        tqdm.write(evaluation_table([row]) + ("" if step else f"\n  {verdict(row)}"))
 
-    def summary(**more) -> dict[str, Any]:
-        seconds = round(time.time() - started, 1)
-        return dict(first=evaluations[0], last=evaluations[-1], seconds=seconds, tokens=tokens, run=folder.path) | more
-
-    if not evaluations:
-        evaluate_now(0)
-    if config.steps == 0:
-        show_group(collect(sampler, tokenizer, task, config, 1)[0], tokenizer, config)
-        return summary()
-
-    bar = tqdm(total=config.steps, initial=done, unit="step", smoothing=0.1, dynamic_ncols=True)
+def train(config: Config) -> dict[str, Any]:
+    """The whole run. Returns the first and the last evaluation, seconds, tokens and the run's folder."""
+    started = time.time()
+    task, accelerator, model, tokenizer, problems, policy, optimizer, sampler, reference, folder, step, tokens = setup(
+        config
+    )
+    evaluations = folder.read("eval.jsonl")
+    bar = tqdm(
+        total=config.steps, initial=step, unit="step", smoothing=0.1, dynamic_ncols=True, disable=not config.steps
+    )
     with finish_step_on_signal() as stop:
-        for step in range(done + 1, config.steps + 1):
-            clock = [time.time()]
+        while not stop.is_set():
+            is_due = step in (0, config.steps) or (config.eval_steps and step % config.eval_steps == 0)
+            if is_due and (not evaluations or evaluations[-1]["step"] < step):
+                row, details = evaluate(sampler, tokenizer, task, problems, config, step)
+                folder.log_evaluation(row, details)
+                evaluations.append(row)
+                tqdm.write(evaluation_table([row]) + ("" if step else f"\n  {verdict(row)}"))
+            if step == config.steps or stop.is_set():
+                break
+
+            step += 1
+            start = time.time()
             rollouts, too_long = collect(sampler, tokenizer, task, config, step)
-            clock.append(time.time())
-            if config.old_logps == "trainer":
+            sampled = time.time()
+            if config.uses_trainer_logps:
                 add_logps("old_logps", policy, rollouts, accelerator, config)
             if reference is not None:
                 add_logps("ref_logps", reference, rollouts, accelerator, config)
             learned = update(policy, optimizer, accelerator, rollouts, config, step)
-            clock.append(time.time())
+            trained = time.time()
             sampler.sync()
-            clock.append(time.time())
+            synced = time.time()
 
-            row = {"step": step, **rollout_metrics(rollouts, config.group_size), **learned}
-            tokens += sum(r.length for r in rollouts)
-            row |= {"prompts_too_long": too_long, "tokens": tokens}
-            row |= {"tokens_per_second": sum(r.length for r in rollouts) / (clock[-1] - clock[0])}
-            row |= {f"seconds_{name}": clock[i + 1] - clock[i] for i, name in enumerate(["sample", "train", "sync"])}
-            row |= {"peak_memory": peak_memory(accelerator.device)}
+            step_tokens = sum(r.length for r in rollouts)
+            tokens += step_tokens
+            row = {
+                "step": step,
+                **rollout_metrics(rollouts, config.group_size),
+                **learned,
+                "prompts_too_long": too_long,
+                "tokens": tokens,
+                "tokens_per_second": step_tokens / (synced - start),
+                "seconds_sample": sampled - start,
+                "seconds_train": trained - sampled,
+                "seconds_sync": synced - trained,
+                "peak_memory": peak_memory(accelerator.device),
+            }
             folder.log_step(row, rollouts)
             bar.update()
-            shown = {key: f"{row[key]:.2f}" for key in ("reward", "length", "zero_advantage_groups")}
-            bar.set_postfix(shown)
+            bar.set_postfix({key: f"{row[key]:.2f}" for key in ("reward", "length", "zero_advantage_groups")})
             if config.print_steps and (step == 1 or step % config.print_steps == 0):
                 show_rollouts(step, rollouts)
-            if config.eval_steps and step % config.eval_steps == 0 and step < config.steps:
-                evaluate_now(step)
             if step % config.save_steps == 0 or step == config.steps or stop.is_set():
                 folder.save_checkpoint(step, tokens, model, tokenizer, optimizer, config.keep_last)
-            if stop.is_set() and step < config.steps:
-                bar.close()
-                print(f"stopped after step {step}; go on with: python grpo.py --resume {folder.path}")
-                return summary(interrupted=True)
     bar.close()
-    if evaluations[-1]["step"] < config.steps:
-        evaluate_now(config.steps)
+
+    result = dict(first=evaluations[0] if evaluations else None, last=evaluations[-1] if evaluations else None)
+    result |= dict(seconds=round(time.time() - started, 1), tokens=tokens, run=folder.path)
+    if not evaluations or evaluations[-1]["step"] < config.steps:
+        if folder.path / f"checkpoint-{step}" not in folder.checkpoints():
+            folder.save_checkpoint(step, tokens, model, tokenizer, optimizer, config.keep_last)
+        print(f"stopped after step {step}; go on with: python grpo.py --resume {folder.path}")
+        return result | {"interrupted": True}
+    if config.steps == 0:
+        show_group(collect(sampler, tokenizer, task, config, 1)[0], tokenizer, config)
+        return result
     model.save_pretrained(folder.path / "final")
     tokenizer.save_pretrained(folder.path / "final")
     print(evaluation_table([evaluations[0], evaluations[-1]]))
     print(f"{time.time() - started:.0f} s; model: {folder.path / 'final'}, curves: {folder.plot()}")
-    return summary()
+    return result
 
 
 def parse_config(argv: list[str]) -> Config:
@@ -1274,6 +1351,8 @@ def parse_config(argv: list[str]) -> Config:
     for name in ("resume", "model", "task"):
         first.add_argument(f"--{name}", default=os.environ.get(f"GRPO_{name.upper()}", ""))
     known, _ = first.parse_known_args(argv)
+    if known.resume and known.config:
+        raise UsageError("--resume uses the run's own settings: leave --config out")
     is_default = not (known.config or known.model or known.task or known.resume)
     files = [Path(known.resume) / "config.yaml"] if known.resume else [Path(file) for file in known.config]
     for file in (files := [PRESET] if is_default else files):
@@ -1303,7 +1382,8 @@ def parse_config(argv: list[str]) -> Config:
         before = Config(**yaml.safe_load(files[0].read_text()))
         for f in dataclasses.fields(Config):
             was, now = getattr(before, f.name), getattr(config, f.name)
-            if was != now and f.name not in CHANGEABLE_ON_RESUME:
+            is_fixed = f.name not in CHANGEABLE_ON_RESUME or (f.name == "steps" and config.lr_schedule != "constant")
+            if was != now and is_fixed:
                 raise UsageError(
                     f"{f.name} was {was!r} in {known.resume} and cannot become {now!r} on the way; "
                     f"what can change: {', '.join(sorted(CHANGEABLE_ON_RESUME - {'resume'}))}"

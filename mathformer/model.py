@@ -149,7 +149,7 @@ class MathformerModel(MathformerPreTrainedModel):
         position = torch.arange(keys, device=like.device)
         slopes = alibi_slopes(self.config.num_attention_heads).to(like.device)
         bias = (slopes[:, None, None] * (position - (keys - 1))).to(like.dtype)[None]  # [1, heads, 1, keys]
-        lowest = torch.finfo(like.dtype).min
+        lowest = -1e4  # also finite in 16 bits, so that a row of padding gives no NaN; exp(-1e4) is 0
         if queries > 1:
             future = position[None, :] > position[past:, None]  # [queries, keys]
             bias = bias.masked_fill(future, lowest)

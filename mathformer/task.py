@@ -97,9 +97,10 @@ class ArithmeticTask:
 
 
 def is_true_equation(step: str) -> bool:
-    """Whether a step such as `3+4=7` holds. Never raises."""
+    """Whether a step such as `3+4=7` holds; `7=7` is no step. Never raises."""
     left, _, right = step.partition("=")
     try:
-        return evaluate(parse(left)) == int(right)
+        tree = parse(left)
+        return not isinstance(tree, int) and evaluate(tree) == int(right)
     except ValueError:
         return False

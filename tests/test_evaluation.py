@@ -1,7 +1,10 @@
 """pass@k, the intervals, the verdict, the metrics of rollouts, and `evaluate` as a whole."""
 
 import itertools
+import json
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from conftest import is_close
@@ -80,14 +83,15 @@ class FakeTask:
 
 
 class FakeSampler:
-    """Completions of the digits of a fixed plan, so that every figure can be worked out by hand."""
+    """Completions of one or two digits by a fixed plan, so that every figure can be worked out by hand."""
 
     def generate(self, prompts, group_size, sampling, seed):
         rollouts = []
         for p, prompt in enumerate(prompts):
             for g in range(group_size):
-                length = 2 if sampling.temperature == 0 and p < 7 else 1 + (p + g) % 2 if p else 2
-                rollouts.append(grpo.Rollout(prompt, [7] * length, [0.0] * length, truncated=length == 1))
+                digits = 2 if sampling.temperature == 0 and p < 7 else 1 + (p + g) % 2 if p else 2
+                ids = [7, 7, 2] if digits == 2 else [7]  # two digits and the end, or one digit cut off
+                rollouts.append(grpo.Rollout(prompt, ids, [0.0] * len(ids), truncated=digits == 1))
         return rollouts
 
 
@@ -104,8 +108,10 @@ def test_evaluate_by_hand(tokenizer, make_config):
     assert row["pass_at_k"].keys() == {"1", "2", "4"}
     assert is_close(row["pass_at_k"]["2"], (1 + 9 * (1 - 1 / 6)) / 10) and row["pass_at_k"]["4"] == 1
     assert is_close(row["zero_advantage_groups"], 0.1)
-    assert is_close(row["length"], (4 * 2 + 9 * 6) / 40) and is_close(row["truncated"], 18 / 40)
+    assert is_close(row["length"], (4 * 3 + 9 * 8) / 40) and is_close(row["truncated"], 18 / 40)
     assert row["shout"] == 2
+    odd = grpo.evaluate(FakeSampler(), tokenizer, task, problems, make_config(eval_samples=6), step=3)[0]
+    assert odd["pass_at_k"].keys() == {"1", "2", "4", "6"}
     assert [d["correct"] for d in details] == greedy and details[0]["sampled_correct"] == 1
 
 
@@ -123,6 +129,7 @@ def verdict_row(dead, pass_1, pass_8, truncated=0.0, format=1.0):
         (verdict_row(0.9, 0.95, 0.99), "too easy"),
         (verdict_row(0.3, 0.3, 0.7, truncated=0.9), "raise max_completion_tokens"),
         (verdict_row(0.3, 0.3, 0.7, format=0.1), "right form"),
+        (dict(verdict_row(1.0, 0.3, 0.3), pass_at_k={"1": 0.3}), "eval_samples of 4 or more"),
     ],
 )
 def test_verdict(row, said):
@@ -165,7 +172,10 @@ def test_draws_depend_on_seed_and_step_and_leave_long_prompts_out(tokenizer, mak
     assert grpo.draw_prompts(task, tokenizer, config, 2)[0] != problems
     assert grpo.draw_prompts(task, tokenizer, make_config(seed=1, max_prompt_tokens=6), 1)[0] != problems[:32]
     with pytest.raises(grpo.UsageError, match="max_prompt_tokens"):
-        grpo.draw_prompts(task, tokenizer, make_config(max_prompt_tokens=1), 1)
+        grpo.draw_prompts(task, tokenizer, make_config(max_prompt_tokens=1, prompts_per_step=2), 1)
+    task.prompt = lambda example: ""
+    with pytest.raises(grpo.UsageError, match="empty"):
+        grpo.draw_prompts(task, tokenizer, make_config(), 1)
 
 
 def test_collect_gives_each_group_its_own_advantages(tokenizer, make_config):
@@ -188,3 +198,51 @@ def test_every_step_and_run_has_a_sampling_seed_of_its_own(tokenizer, make_confi
         for step in range(1, 6):
             grpo.collect(Recorder(), tokenizer, FakeTask(), make_config(seed=run_seed), step)
     assert len(set(seeds)) == 20
+
+
+def test_completions_are_never_tokenised_again(tokenizer, make_config):
+    class Odd(FakeSampler):  # a row that decoding and encoding would change: an end token, and a <pad> in the middle
+        def generate(self, prompts, group_size, sampling, seed):
+            return [grpo.Rollout(p, [7, 0, 7, 2], [0.0] * 4, False) for p in prompts for _ in range(group_size)]
+
+    rollouts, _ = grpo.collect(Odd(), tokenizer, FakeTask(), make_config(prompts_per_step=1, group_size=2), 1)
+    assert rollouts[0].completion_ids == [7, 0, 7, 2]
+    assert rollouts[0].text == "0<pad>0", "a special token in the middle is no part of the number 00"
+
+
+class OddTask(FakeTask):
+    parts: dict = {}
+
+    def reward(self, text, example):
+        return dict(reward=1.0, correct=1, format=1.0, prediction=None, ground_truth=None) | self.parts
+
+
+def test_numbers_of_numpy_and_torch_are_numbers():
+    task = OddTask()
+    task.parts = dict(reward=np.float32(0.5), correct=np.bool_(True), own=torch.tensor(2.0), fraction=Fraction(1, 3))
+    parts = grpo.judge(task, "", grpo.Problem({}, "", [1]))
+    assert parts["reward"] == 0.5 and parts["correct"] is True and parts["own"] == 2.0
+    json.dumps({key: parts[key] for key in ("reward", "correct", "own")})
+
+
+@pytest.mark.parametrize(
+    "parts, said",
+    [
+        (dict(reward=float("inf")), "the reward inf, which is no finite number"),
+        (dict(reward="1"), "the reward '1'"),
+        (dict(correct=None), "the correct None"),
+        (dict(correct=0.5), "must be 0 or 1"),
+        (dict(format=float("nan")), "the format nan"),
+    ],
+)
+def test_what_a_task_may_not_return(parts, said):
+    task = OddTask()
+    task.parts = parts
+    with pytest.raises(grpo.UsageError, match="OddTask.reward.*prompt 'p' and the completion 't'.*" + said):
+        grpo.judge(task, "t", grpo.Problem({}, "p", [1]))
+
+
+def test_parts_may_be_missing_here_and_there():
+    rollouts = [rollout(1.0, 2, steps=3), rollout(0.0, 2, steps=None), rollout(0.0, 2), rollout(1.0, 2, tries=4)]
+    means = grpo.part_means(rollouts)
+    assert means == dict(correct=0.5, format=1.0, steps=3.0, tries=4.0)

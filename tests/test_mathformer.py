@@ -1,5 +1,6 @@
 """The small-model track: model against BLOOM, tokenizer, expressions, task, pretraining."""
 
+import math
 import random
 
 import pytest
@@ -43,6 +44,15 @@ def test_logits_equal_those_of_bloom_left_padded(model, bloom):
     assert torch.allclose(ours[mask.bool()], theirs[mask.bool()], atol=1e-5)
     alone = model(ids[:1, 7:]).logits
     assert torch.allclose(ours[:1, 7:], alone, atol=1e-5)
+
+
+def test_left_padding_in_bf16_gives_no_nan(model):
+    ids = torch.randint(3, 33, (2, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model(ids, attention_mask=mask).logits.isfinite().all()
+        assert (model.transformer.attention_bias(0, 12, mask, torch.zeros(1)).bfloat16() > -math.inf).all()
 
 
 def test_cache_changes_nothing(model, bloom):
@@ -236,6 +246,7 @@ def test_the_verifier_accepts_what_pretraining_teaches():
         ("<scratchpad><answer>35", 1, 1, 0),
         ("<scratchpad>3+4=7;7*5=35", 0, 0, 0),
         ("<scratchpad>3+4=7=<answer>36", 0, 1, 0),
+        ("<scratchpad>35=35<answer>35", 1, 1, 0),
         ("<answer>" + "9" * 5000, 0, 0, 0),
         ("<scratchpad>" + "(" * 5000 + "<answer>1", 0, 1, 0),
     ],

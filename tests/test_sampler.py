@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import SHAPE, other_model, row_logps
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import grpo
 
@@ -130,10 +130,30 @@ def test_dropout_is_off_while_sampling_and_training():
         assert torch.allclose(torch.tensor(r.logps), logps[i, : r.length], atol=1e-4)
 
 
-def test_loaded_models_have_no_dropout(tmp_path, tokenizer):
-    LlamaForCausalLM(LlamaConfig(**SHAPE, attention_dropout=0.5)).save_pretrained(tmp_path)
+@pytest.mark.parametrize("kind", ["llama", "bloom"])
+def test_loaded_models_have_no_dropout_and_float32_weights(tmp_path, tokenizer, kind):
+    dropout = dict(hidden_dropout=0.5, attention_dropout=0.5)
+    if kind == "llama":
+        saved = LlamaForCausalLM(LlamaConfig(**SHAPE, attention_dropout=0.5))
+    else:
+        saved = BloomForCausalLM(BloomConfig(vocab_size=33, hidden_size=32, n_layer=2, n_head=4, **dropout))
+    saved.to(torch.bfloat16).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     model, _ = grpo.load_model(str(tmp_path))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
     model.train()
     ids = torch.tensor([PROMPTS[0]])
     assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_models_that_change_their_logits_behind_the_head_are_refused(model):
+    torch.manual_seed(0)
+    for cap in (None, 0.5):
+        config = Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=cap)
+        gemma = Gemma2ForCausalLM(config).eval()
+        if cap is None:
+            grpo.check_logits(gemma, PROMPTS[0])
+        else:
+            with pytest.raises(grpo.UsageError, match="Gemma2ForCausalLM scales or caps its logits"):
+                grpo.check_logits(gemma, PROMPTS[0])
+    grpo.check_logits(model, PROMPTS[0])
