@@ -16,7 +16,7 @@ can be used for more than one update. One step:
 There is no learned reward model, no critic and no replay. Lines that a student will want to change are marked
 `# GRPO:`.
 
-    python grpo.py                              arithmetic on a CPU, about a minute, nothing to download
+    python grpo.py                              arithmetic on a CPU, a minute or two, no download
     python grpo.py --steps 0                    evaluate, show one group of completions, stop
     python grpo.py --model M --task T           any causal language model, any task
     python grpo.py --resume runs/<run>          go on with a run that was stopped
@@ -297,6 +297,10 @@ class Rollout:
     def length(self) -> int:
         return len(self.completion_ids)
 
+    @property
+    def row_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.completion_ids)
+
 
 def output_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """Hidden states [..., D] to logits [..., V] in float32, whatever the precision of the model.
@@ -457,7 +461,7 @@ def complete(
         completion = tokenizer.decode(rollout.completion_ids[: None if rollout.truncated else -1])
         rollout.prompt, rollout.text = problem.prompt, getattr(task, "prefill", "") + prefix + completion
         rollout.parts = judge(task, rollout.text, problem)
-        rollout.reward = float(rollout.parts["reward"])
+        rollout.reward = float(rollout.parts["reward"])  # GRPO: whatever the task pays
     return rollouts
 
 
@@ -632,7 +636,7 @@ def policy_loss(
         the loss of each token [B, T], 0 outside the mask; and what was clipped [B, T]: -1 where the ratio was below
         the range, 1 where it was above, and the token for that reason has no gradient; 0 elsewhere.
     """
-    ratio = (logps - old_logps).exp()
+    ratio = (logps - old_logps).exp()  # GRPO: one ratio a token
     # GRPO: min, not max. For A < 0 it keeps the gradient of a token that has become likelier, and stops pushing one
     # down that is already 1 - clip_low times as likely as it was.
     loss = -torch.min(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
@@ -715,17 +719,13 @@ def microbatches(rollouts: list[Rollout], token_budget: int) -> list[list[Rollou
     Sorted by length first: neighbours are then of similar length and little is spent on padding.
     """
     batches: list[list[Rollout]] = []
-    for rollout in sorted(rollouts, key=lambda r: -len(r.prompt_ids) - r.length):
+    for rollout in sorted(rollouts, key=lambda r: -r.row_tokens):
         # the first row of a batch is its longest
-        if batches and (len(batches[-1]) + 1) * row_tokens(batches[-1][0]) <= token_budget:
+        if batches and (len(batches[-1]) + 1) * batches[-1][0].row_tokens <= token_budget:
             batches[-1].append(rollout)
         else:
             batches.append([rollout])
     return batches
-
-
-def row_tokens(rollout: Rollout) -> int:
-    return len(rollout.prompt_ids) + rollout.length
 
 
 def pad(rows: list[list], device) -> torch.Tensor:
@@ -778,9 +778,10 @@ def batch_loss(
     logps, entropy = policy(**inputs)  # [B, T]
     loss, clipped = policy_loss(logps, old, advantages, config.clip_low, config.clip_high, mask)
     kl = torch.zeros_like(logps)
-    if config.kl_coef > 0:
+    if config.kl_coef > 0:  # GRPO: the penalty is part of the loss, not of the reward
         kl = kl_estimate(logps, pad([r.ref_logps for r in batch], device), config.kl_kind).masked_fill(~mask, 0.0)
         loss = loss + config.kl_coef * KL_IN_LOSS[config.kl_kind]((logps - old).exp(), kl)
+    # GRPO: one weight for each token of a row; a mean inside each microbatch would depend on how the rows were split
     weights = token_weights(lengths, config.loss_weight, config.max_completion_tokens, total_tokens, total_rows)
     loss = (loss.sum(1) * weights).sum()
 

@@ -3,8 +3,8 @@
     python benchmarks/arithmetic_seeds.py --seeds 0 1 2 3 4
 
 Each run is a process of its own, timed from its start to its end, interpreter and imports included. Prints a table
-and writes it, with the machine, the versions and each run's curves, to benchmarks/results/. Further arguments go to
-grpo.py: `--seeds 0 --steps 2 --out /tmp/look.md` is a quick look.
+and writes it, with the machine, the versions and the first run's curves, to benchmarks/results/. Further arguments go
+to grpo.py: `--seeds 0 --steps 2 --out /tmp/look.md` is a quick look.
 """
 
 import argparse
@@ -53,7 +53,8 @@ def main() -> None:
             seconds = time.time() - started
             (run,) = Path(runs).iterdir()
             first, *_, last = map(json.loads, (run / "eval.jsonl").read_text().splitlines())
-            shutil.copy(run / "curves.png", options.out.parent / f"arithmetic_seed{seed}.png")
+            if seed == options.seeds[0]:
+                shutil.copy(run / "curves.png", options.out.parent / f"arithmetic_seed{seed}.png")
             peak = max(json.loads(line)["peak_memory"] for line in (run / "metrics.jsonl").read_text().splitlines())
         cells = [f"{100 * row[key]:.1f}" for key in ("accuracy", "accuracy_sampled", "worked") for row in (first, last)]
         cells += [f"{row['length']:.1f}" for row in (first, last)]

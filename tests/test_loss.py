@@ -189,7 +189,7 @@ def test_padding_is_never_seen(model, make_rollouts):
     inputs = grpo.policy_inputs(rollouts, torch.device("cpu"))
     before = grpo.Policy(model)(**inputs)[0]
     for i, r in enumerate(rollouts):
-        inputs["ids"][i, grpo.row_tokens(r) :] = 2  # end-of-sequence tokens, as where padding and EOS are the same
+        inputs["ids"][i, r.row_tokens :] = 2  # end-of-sequence tokens, as where padding and EOS are the same
     assert torch.equal(before, grpo.Policy(model)(**inputs)[0])
 
 
@@ -389,8 +389,8 @@ def test_microbatches_fill_the_budget_and_lose_nothing(make_rollouts):
     rollouts = make_rollouts(groups=20)
     batches = grpo.microbatches(rollouts, 60)
     assert sorted(map(id, sum(batches, []))) == sorted(map(id, rollouts))
-    assert all(len(b) * max(map(grpo.row_tokens, b)) <= 60 for b in batches)
-    assert len(batches) <= 1.3 * sum(map(grpo.row_tokens, rollouts)) / 60 + 1
+    assert all(len(b) * max(r.row_tokens for r in b) <= 60 for b in batches)
+    assert len(batches) <= 1.3 * sum(r.row_tokens for r in rollouts) / 60 + 1
     assert [len(b) for b in grpo.microbatches(rollouts[:3], 1)] == [1, 1, 1]
 
 
