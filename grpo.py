@@ -150,7 +150,7 @@ class Config:
     tokens_per_microbatch: int = 16384
     """tokens, padding included, that go through the model at once: lower it when memory runs out"""
     gradient_checkpointing: bool = False
-    """recompute activations in the backward pass: a third slower, far less memory"""
+    """recompute activations in the backward pass: slower, with less memory"""
 
     # Evaluation
     eval_steps: int = 50
@@ -1282,7 +1282,8 @@ def train(config: Config) -> dict[str, Any]:
                 row, details = evaluate(sampler, tokenizer, task, problems, config, step)
                 folder.log_evaluation(row, details)
                 evaluations.append(row)
-                tqdm.write(evaluation_table([row]) + ("" if step else f"\n  {verdict(row)}"))
+                if step == 0 or step < config.steps:  # the last one is shown beside the first
+                    tqdm.write(evaluation_table([row]) + ("" if step else f"\n  {verdict(row)}"))
             if step == config.steps or stop.is_set():
                 break
 

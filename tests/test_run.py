@@ -193,6 +193,7 @@ def test_resumed_reference_is_the_first_model(run, pays_length):
 def test_top_k_takes_old_logps_from_the_trainer(run, pays_length):
     row = rows(run(top_k=3, steps=1)["run"], "metrics.jsonl")[0]
     assert row["ratio_max"] == pytest.approx(1, abs=1e-5)
+    assert row["clipped_low"] == 0, "against the sampler's, which are larger, ratios would be far below 1"
     assert row["sampler_logp_gap"] is None, "sampler and trainer have different distributions, their gap says nothing"
 
 
