@@ -419,7 +419,10 @@ def encode_prompt(tokenizer, task, example: dict) -> tuple[str, list[int]]:
     is_chat = not isinstance(prompt, str)
     if is_chat:
         if not tokenizer.chat_template:
-            raise UsageError("the task gives chat messages, but this model's tokenizer has no chat template")
+            raise UsageError(
+                "the task gives chat messages, but this model's tokenizer has no chat template: "
+                "take a chat (instruct) model, or let prompt() return a string"
+            )
         prompt = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     prompt += getattr(task, "prefill", "")
     # a chat template writes the special tokens itself; plain text gets those that the tokenizer always adds
@@ -933,7 +936,7 @@ def verdict(row: dict) -> str:
     ]  # fmt: skip
     found = [text for holds, text in advice if holds]
     answer = "yes" if dead <= 0.5 and gain >= 0.25 else "perhaps, slowly; a larger group_size leaves fewer dead groups"
-    facts = f"dead groups {dead:.0%}, pass@1 {pass_1:.0%}, pass@{k} {pass_1 + gain:.0%}"
+    facts = f"groups of {k}: {dead:.0%} dead, pass@1 {pass_1:.0%}, pass@{k} {pass_1 + gain:.0%}"
     return f"will it learn? {'unlikely: ' + '; '.join(found) if found else answer} ({facts})"
 
 
@@ -1100,7 +1103,7 @@ def show_rollouts(step: int, rollouts: list[Rollout]) -> None:
     right, wrong = [r for r in one_each if r.parts["correct"]], [r for r in one_each if not r.parts["correct"]]
     for r in (right[:2] + wrong[:1] + wrong[1:3] + right[2:3])[:3]:
         mark = "right" if r.parts["correct"] else "wrong"
-        tqdm.write(f"step {step} {mark} {r.advantage:+.2f}  {printable(r.prompt)}  ->  {printable(r.text)}")
+        tqdm.write(f"step {step} {mark}, advantage {r.advantage:+.2f}:  {printable(r.prompt)}  ->  {printable(r.text)}")
 
 
 def show_group(rollouts: list[Rollout], tokenizer, config: Config) -> None:
@@ -1109,10 +1112,10 @@ def show_group(rollouts: list[Rollout], tokenizer, config: Config) -> None:
     lengths = torch.tensor([r.length for r in rollouts])
     weights = token_weights(lengths, config.loss_weight, config.max_completion_tokens).tolist()
     print(f"one group, the completions of {printable(rollouts[first].prompt, 2000)}")
-    print("  reward advantage    weight  tokens")
+    print("  (weight: of each of its tokens in the loss)\n  reward advantage    weight length  tokens")
     for r, weight in list(zip(rollouts, weights, strict=True))[first : first + config.group_size]:
         tokens = printable(" ".join(tokenizer.convert_ids_to_tokens(r.completion_ids)), 2000)
-        print(f"  {r.reward:6.2f} {r.advantage:+9.3f} {weight:9.2e}  {r.length} {tokens}")
+        print(f"  {r.reward:6.2f} {r.advantage:+9.3f} {weight:9.2e} {r.length:6d}  {tokens}")
 
 
 # ==== 9. train() and main() ===========================================================================================
@@ -1121,6 +1124,8 @@ def show_group(rollouts: list[Rollout], tokenizer, config: Config) -> None:
 def load_model(name: str):
     """The causal language model in float32, without dropout, and its tokenizer; from a folder or the Hub."""
     name = str(HERE / name) if not Path(name).exists() and (HERE / name).exists() else name
+    if not Path(name).exists():
+        print(f"there is no folder {name} here: looking for it on the Hugging Face Hub")
     config_file = Path(name) / "config.json"
     if config_file.is_file() and json.loads(config_file.read_text()).get("model_type") == "mathformer":
         import_module("mathformer")  # registers the architecture
@@ -1230,7 +1235,7 @@ def setup(config: Config):
     task, accelerator = load_task(config.task, config.task_args), make_accelerator(config)
     folder = RunFolder(Path(config.resume)) if config.resume else None
     if folder and not folder.checkpoints():
-        raise UsageError(f"{folder.path} holds no checkpoint to go on from")
+        raise UsageError(f"{folder.path} holds no checkpoint to go on from: start a new run")
     model, tokenizer = load_model(str(folder.checkpoints()[-1]) if folder else config.model)
     model.eval()
     problems, eos = evaluation_problems(task, tokenizer, model, config), find_eos(model, tokenizer)
@@ -1254,7 +1259,7 @@ def setup(config: Config):
     print(
         f"GRPO: {config.model} ({sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters) on {config.task}, "
         f"{config.steps} steps of {config.prompts_per_step} prompts x {config.group_size} completions, "
-        f"on {accelerator.device}. {config.about}\nrun folder: {folder.path}"
+        f"lr {config.lr:g}, on {accelerator.device}. {config.about if config.steps else ''}\nrun folder: {folder.path}"
     )
     if done:
         print(f"going on after step {done}")
@@ -1359,7 +1364,13 @@ def parse_config(argv: list[str]) -> Config:
     files = [Path(known.resume) / "config.yaml"] if known.resume else [Path(file) for file in known.config]
     for file in (files := [PRESET] if is_default else files):
         if not file.is_file():
-            raise UsageError(f"there is no file {file}" + ("; give --model and --task" if is_default else ""))
+            hint = "; give --model and --task" if is_default else "; is it a run's folder?" if known.resume else ""
+            raise UsageError(f"there is no file {file}{hint}")
+
+    names = {f"GRPO_{f.name.upper()}" for f in dataclasses.fields(Config)}
+    for name in os.environ:
+        if name.startswith("GRPO_") and name not in names:
+            raise UsageError(f"the environment sets {name}, but there is no such setting")
 
     asked_for_help = bool({"-h", "--help"} & set(argv))
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)  # these become the help

@@ -171,7 +171,8 @@ def test_steps_zero_evaluates_and_shows_one_group(run, capsys, pays_length):
     summary = run(steps=0)
     out = capsys.readouterr().out
     assert "will it learn?" in out and "advantage" in out and "weight" in out
-    assert len([line for line in out.splitlines() if line.startswith("    ") and "e-" in line]) == 4
+    table = out.split("tokens\n")[1].strip().splitlines()
+    assert len(table) == 4 and all(len(line.split()) > 4 for line in table)
     assert summary["tokens"] == 0 and rows(summary["run"], "metrics.jsonl") == []
 
 
@@ -261,6 +262,12 @@ def test_command_line_over_environment_over_later_yaml_over_earlier_over_default
     files = ["--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml")]
     config = grpo.parse_config([*files, "--group_size", "6"])
     assert (config.top_k, config.lr, config.seed, config.group_size, config.steps) == (9, 0.2, 3, 6, 500)
+
+
+def test_a_mistyped_environment_variable_is_named(monkeypatch):
+    monkeypatch.setenv("GRPO_SED", "3")
+    with pytest.raises(grpo.UsageError, match="GRPO_SED"):
+        grpo.parse_config([])
 
 
 def test_a_run_can_be_repeated_from_its_config(run, pays_length):
