@@ -43,7 +43,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
@@ -56,6 +56,7 @@ import torch.nn.functional as F
 import transformers
 import yaml
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -123,6 +124,8 @@ class Config:
     """weight of the KL penalty toward the model as it was at the start; 0 needs no second model"""
     kl_kind: Literal["k1", "k2", "k3"] = "k3"
     """estimator of that KL (kl_estimate)"""
+    kl_target: float = 0.0
+    """let kl_coef, then only its first value, rise and fall so that kl_ref comes to this (adapted_kl_coef); 0 is off"""
     old_logps: Literal["sampler", "trainer"] = "sampler"
     """whose log-probs the ratio is taken against; with top_k or top_p on it is always the trainer"""
     epochs: int = 1
@@ -184,6 +187,8 @@ class Config:
                 raise UsageError(f"{f.name} is {value}, it must be greater than 0")
         if self.top_p > 1:
             raise UsageError(f"top_p is {self.top_p}, it must be at most 1")
+        if self.kl_target and not self.kl_coef:
+            raise UsageError("kl_target changes kl_coef by factors, so kl_coef must start above 0: try 0.05")
         if (rows := self.prompts_per_step * self.group_size) % self.minibatches:
             raise UsageError(f"minibatches is {self.minibatches}, it must divide the {rows} completions of a step")
 
@@ -207,7 +212,7 @@ class Config:
 
 LOWEST = dict(group_size=2, prompts_per_step=1, max_prompt_tokens=1, max_completion_tokens=1, sample_rows=1, epochs=1)
 LOWEST |= dict(minibatches=1, tokens_per_microbatch=1, eval_samples=1, save_steps=1, keep_last=1, steps=0, top_k=0)
-LOWEST |= dict(kl_coef=0, clip_low=0, clip_high=0, warmup_steps=0, weight_decay=0, eval_steps=0, print_steps=0)
+LOWEST |= dict(kl_coef=0, kl_target=0, clip_low=0, clip_high=0, warmup_steps=0, weight_decay=0, eval_steps=0, print_steps=0)
 CHANGEABLE_ON_RESUME = {"steps", "eval_steps", "save_steps", "keep_last", "print_steps", "about", "runs", "resume"}
 CHANGEABLE_ON_RESUME |= {"tokens_per_microbatch", "gradient_checkpointing", "offload_reference"}  # what memory needs
 
@@ -684,6 +689,19 @@ KL_IN_LOSS = {
 }
 
 
+def adapted_kl_coef(kl_coef: float, kl_ref: float | None, target: float) -> float:
+    """The coefficient of the next step: a little larger if the KL came out above the target, smaller if below.
+
+        kl_coef * (1 + 0.1 * clip(kl_ref / target - 1, -0.2, 0.2))    arXiv 1909.08593, section 2.2
+
+    At most 2 % a step: the KL answers late, and a faster controller would swing. A step that trained nothing
+    (`kl_ref` None) changes nothing.
+    """
+    if kl_ref is None:
+        return kl_coef
+    return kl_coef * (1 + 0.1 * max(-0.2, min(0.2, kl_ref / target - 1)))
+
+
 def token_weights(
     lengths: torch.Tensor,
     kind: str = "token",
@@ -854,6 +872,7 @@ def update(
     return {
         "loss": sums["loss"] / (config.epochs * config.minibatches),
         "kl_ref": per_token("kl_ref", sums) if config.kl_coef > 0 else None,
+        "kl_coef": config.kl_coef,
         "entropy": per_token("entropy", sums),
         "grad_norm": average(grad_norms),
         "lr": optimizer.param_groups[0]["lr"],
@@ -1001,10 +1020,10 @@ class RunFolder:
         (self.path / f"eval-{row['step']}.jsonl").write_text("")
         self.append(f"eval-{row['step']}.jsonl", details)
 
-    def save_checkpoint(self, step: int, tokens: int, model, tokenizer, optimizer, keep_last: int) -> None:
-        """checkpoint-<step>/: model, AdamW's moments and counters, under another name until it is whole; metrics.csv.
+    def save_checkpoint(self, step: int, model, tokenizer, optimizer, keep_last: int, **state) -> None:
+        """checkpoint-<step>/: model, AdamW's moments and counters, `state`; metrics.csv. It has another name until whole.
 
-        No random state is in it: all that is random in a step follows from the seed and the step's number.
+        No random state is needed: all that is random in a step follows from the seed and the step's number.
         """
         partial, whole = self.path / ".partial", self.path / f"checkpoint-{step}"
         shutil.rmtree(partial, ignore_errors=True)
@@ -1012,22 +1031,25 @@ class RunFolder:
         tokenizer.save_pretrained(partial)
         states = optimizer.state_dict()["state"]
         save_file({f"{i}.{k}": v for i, s in states.items() for k, v in s.items()}, partial / "optimizer.safetensors")
-        sizes = {name: (self.path / name).stat().st_size for name in self.LOGS}
-        (partial / "state.json").write_text(json.dumps({"step": step, "tokens": tokens, "log_sizes": sizes}))
+        sizes = {log.name: log.stat().st_size for name in self.LOGS if (log := self.path / name).exists()}
+        (partial / "state.json").write_text(json.dumps({"step": step, **state, "log_sizes": sizes}))
         partial.rename(whole)
+        self.write_csv()
+        for old in self.checkpoints()[:-keep_last]:
+            shutil.rmtree(old)
+
+    def write_csv(self) -> None:
         rows = self.read("metrics.jsonl")
         with open(self.path / "metrics.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
             writer.writeheader()
             writer.writerows(rows)
-        for old in self.checkpoints()[:-keep_last]:
-            shutil.rmtree(old)
 
     def checkpoints(self) -> list[Path]:
         return sorted(self.path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
 
-    def resume(self, optimizer, steps: int) -> tuple[int, int]:
-        """Loads the optimizer from the newest checkpoint, cuts later rows off the logs; returns step and tokens."""
+    def resume(self, optimizer, steps: int) -> dict[str, Any]:
+        """Loads the optimizer from the newest checkpoint and cuts later rows off the logs; returns `step` and `state`."""
         newest = self.checkpoints()[-1]
         saved, state = json.loads((newest / "state.json").read_text()), optimizer.state_dict()
         if steps < saved["step"]:
@@ -1038,7 +1060,7 @@ class RunFolder:
         optimizer.load_state_dict(state)
         for name, size in saved["log_sizes"].items():
             os.truncate(self.path / name, size)
-        return saved["step"], saved["tokens"]
+        return saved
 
     def plot(self) -> Path:
         """curves.png: thin lines are steps, thick ones running means, points evaluations with 95 % intervals."""
@@ -1139,8 +1161,14 @@ def load_model(name: str):
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         # Float32 weights: at a learning rate of 1e-6 most updates are smaller than bf16 can represent.
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        misfits = [f"{key} is missing" for key in sorted(report["missing_keys"])]
+        misfits += [f"{key} is {list(a)}, not {list(b)}" for key, a, b in sorted(report["mismatched_keys"])]
+        if misfits:  # these would be random numbers
+            raise ValueError(f"its weights do not fit its config.json: {misfits[0]}, and {len(misfits) - 1} more.")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"model {name!r} cannot be loaded: {reason} Give a folder, or a name on the Hub.") from error
     for module in model.modules():  # with dropout, the policy that is trained would not be the one that was sampled
@@ -1260,7 +1288,8 @@ def setup(config: Config):
     if config.kl_coef > 0:
         reference = Policy(load_model(config.model)[0], config.temperature).requires_grad_(False)
         reference.to("cpu" if config.offload_reference else accelerator.device)
-    done, tokens = folder.resume(optimizer, config.steps) if folder else (0, 0)
+    start = {"step": 0, "tokens": 0, "kl_coef": config.kl_coef}
+    state = folder.resume(optimizer, config.steps) if folder else start
     folder = folder or RunFolder.create(config)
     folder.write_config(config)
     print(
@@ -1268,22 +1297,25 @@ def setup(config: Config):
         f"{config.steps} steps of {config.prompts_per_step} prompts x {config.group_size} completions, "
         f"lr {config.lr:g}, on {accelerator.device}. {config.about if config.steps else ''}\nrun folder: {folder.path}"
     )
-    if done:
-        print(f"going on after step {done}")
+    if state["step"]:
+        print(f"going on after step {state['step']}")
     if config.uses_trainer_logps:
         print("the ratio is taken against log-probs of the trainer: one more forward pass a step")
     if config.kl_coef > 0 and config.drops_dead_groups:
         print("dead groups are dropped although kl_coef is positive: they will not be pulled toward the reference")
-    return task, accelerator, model, tokenizer, problems, policy, optimizer, sampler, reference, folder, done, tokens
+    return task, accelerator, model, tokenizer, problems, policy, optimizer, sampler, reference, folder, state
 
 
 def train(config: Config) -> dict[str, Any]:
     """The whole run. Returns the first and the last evaluation, seconds, tokens and the run's folder."""
     started = time.time()
-    task, accelerator, model, tokenizer, problems, policy, optimizer, sampler, reference, folder, step, tokens = setup(
-        config
-    )
+    task, accelerator, model, tokenizer, problems, policy, optimizer, sampler, reference, folder, state = setup(config)
+    step, tokens, kl_coef = state["step"], state["tokens"], state["kl_coef"]
     evaluations = folder.read("eval.jsonl")
+
+    def save_checkpoint():
+        folder.save_checkpoint(step, model, tokenizer, optimizer, config.keep_last, tokens=tokens, kl_coef=kl_coef)
+
     bar = tqdm(
         total=config.steps, initial=step, unit="step", smoothing=0.1, dynamic_ncols=True, disable=not config.steps
     )
@@ -1307,7 +1339,9 @@ def train(config: Config) -> dict[str, Any]:
                 add_logps("old_logps", policy, rollouts, accelerator, config)
             if reference is not None:
                 add_logps("ref_logps", reference, rollouts, accelerator, config)
-            learned = update(policy, optimizer, accelerator, rollouts, config, step)
+            learned = update(policy, optimizer, accelerator, rollouts, replace(config, kl_coef=kl_coef), step)
+            if config.kl_target:
+                kl_coef = adapted_kl_coef(kl_coef, learned["kl_ref"], config.kl_target)
             trained = time.time()
             sampler.sync()
             synced = time.time()
@@ -1332,14 +1366,14 @@ def train(config: Config) -> dict[str, Any]:
             if config.print_steps and (step == 1 or step % config.print_steps == 0):
                 show_rollouts(step, rollouts)
             if step % config.save_steps == 0 or step == config.steps:
-                folder.save_checkpoint(step, tokens, model, tokenizer, optimizer, config.keep_last)
+                save_checkpoint()
     bar.close()
 
     result = dict(first=evaluations[0] if evaluations else None, last=evaluations[-1] if evaluations else None)
     result |= dict(seconds=round(time.time() - started, 1), tokens=tokens, run=folder.path)
     if not evaluations or evaluations[-1]["step"] < config.steps:
         if folder.path / f"checkpoint-{step}" not in folder.checkpoints():
-            folder.save_checkpoint(step, tokens, model, tokenizer, optimizer, config.keep_last)
+            save_checkpoint()
         print(f"stopped after step {step}; go on with: python grpo.py --resume {folder.path}")
         return result | {"interrupted": True}
     if config.steps == 0:

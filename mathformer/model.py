@@ -6,6 +6,9 @@ of ours therefore loads into transformers' `BloomForCausalLM` unchanged, which i
 
 ALiBi (arXiv 2108.12409) has no position embeddings. Head h adds `-slope_h * (i - j)` to the score of query i
 and key j, so that a head with a steep slope looks at its neighbours and one with a flat slope looks far.
+
+With `num_experts` above 1, each block has that many MLPs and a router that sends every token through `active_experts`
+of them (mixture of experts, arXiv 1701.06538). That is no longer a BLOOM.
 """
 
 import math
@@ -15,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
 # (hidden size, layers, heads)
 SIZES = {
@@ -30,11 +33,15 @@ class MathformerConfig(PreTrainedConfig):
     """Shape of the model. `hidden_size` is the width, a multiple of `num_attention_heads`."""
 
     model_type = "mathformer"
+    attribute_map = {"n_head": "num_attention_heads", "n_layer": "num_hidden_layers"}  # BLOOM's names, for vLLM
 
     vocab_size: int = 64
     hidden_size: int = 64
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
+    num_experts: int = 1  # MLPs of a block; 1 is a plain MLP without a router
+    active_experts: int = 1  # how many of them a token goes through
+    hidden_dropout: float = 0.0  # on what each block adds, in training only
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
     use_cache: bool = True
@@ -48,6 +55,12 @@ class MathformerConfig(PreTrainedConfig):
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
             )
+        if not 1 <= self.active_experts <= self.num_experts:
+            raise ValueError(
+                f"active_experts is {self.active_experts}, it must be from 1 to num_experts, {self.num_experts}"
+            )
+        if not 0 <= self.hidden_dropout < 1:
+            raise ValueError(f"hidden_dropout is {self.hidden_dropout}, it must be from 0 to less than 1")
         super().__post_init__(**kwargs)
 
 
@@ -93,17 +106,72 @@ class MLP(nn.Module):
         return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x), approximate="tanh"))
 
 
+class MixtureOfExperts(nn.Module):
+    """`num_experts` MLPs, of which each token goes through the `active_experts` that the router finds most likely.
+
+    Their outputs are added with the router's probabilities as weights. (Not normalised to 1: with one active expert the
+    weight would then always be 1, and the router would get no gradient from the loss.)
+    """
+
+    def __init__(self, config: MathformerConfig):
+        super().__init__()
+        self.active_experts = config.active_experts
+        self.router = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = nn.ModuleList([MLP(config) for _ in range(config.num_experts)])
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, T, D] to [B, T, D], and the router's logits [B*T, num_experts].
+
+        No expert has a capacity and no token is dropped, so an output does not depend on the rest of the batch.
+        """
+        tokens = x.flatten(0, 1)  # [N, D]
+        router_logits = self.router(tokens)
+        weights, chosen = router_logits.softmax(-1).topk(self.active_experts)  # both [N, active]
+        chosen = chosen.flatten()
+        order = chosen.argsort()  # sorted by expert: each of them works on one slice, all its tokens at once
+        counts = chosen.bincount(minlength=len(self.experts)).tolist()
+        slices = tokens[order // self.active_experts].split(counts)
+        outputs = torch.cat([expert(inputs) for expert, inputs in zip(self.experts, slices, strict=True)])
+        outputs = torch.empty_like(outputs).index_copy(0, order, outputs).unflatten(0, weights.shape)  # [N, active, D]
+        return (outputs * weights[..., None]).sum(1).view_as(x), router_logits
+
+
+def load_balancing_loss(router_logits: tuple[torch.Tensor, ...], real: torch.Tensor, active_experts: int):
+    """1 where each expert of each layer gets as many tokens as any other, more where some get more.
+
+        mean over layers of  num_experts * sum over experts e of  f_e * p_e
+
+    with f_e the share of choices that fell on e and p_e the mean router probability of e, as in Switch Transformer
+    (arXiv 2101.03961, eq. 4) for any number of active experts.
+
+    Args:
+        router_logits: of each layer, [N, num_experts].
+        real: [N], True on the tokens that count; padding does not.
+    """
+    total = 0.0
+    for logits in router_logits:
+        probs = logits[real].softmax(-1)
+        chosen = probs.topk(active_experts).indices.flatten()
+        share = chosen.bincount(minlength=probs.shape[-1]) / len(chosen)
+        total = total + probs.shape[-1] * (share * probs.mean(0)).sum()
+    return total / len(router_logits)
+
+
 class Block(nn.Module):
     def __init__(self, config: MathformerConfig, layer_idx: int):
         super().__init__()
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.self_attention = Attention(config, layer_idx)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config) if config.num_experts == 1 else MixtureOfExperts(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, x: torch.Tensor, bias: torch.Tensor, cache: Cache | None) -> torch.Tensor:
-        x = x + self.self_attention(self.input_layernorm(x), bias, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: torch.Tensor, bias: torch.Tensor, cache: Cache | None):
+        """The block's output [B, T, D], and its router's logits if it has one."""
+        x = x + self.dropout(self.self_attention(self.input_layernorm(x), bias, cache))
+        out = self.mlp(self.post_attention_layernorm(x))
+        out, router_logits = out if isinstance(self.mlp, MixtureOfExperts) else (out, None)
+        return x + self.dropout(out), router_logits
 
 
 class MathformerPreTrainedModel(PreTrainedModel):
@@ -164,17 +232,24 @@ class MathformerModel(MathformerPreTrainedModel):
         past_key_values: Cache | None = None,
         use_cache: bool = False,
         inputs_embeds: torch.Tensor | None = None,
+        output_router_logits: bool = False,
         **kwargs,
-    ) -> BaseModelOutputWithPast:
+    ) -> MoeModelOutputWithPast:
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         x = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         x = self.word_embeddings_layernorm(x)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         bias = self.attention_bias(past, x.shape[1], attention_mask, x)
+        routed = []
         for block in self.h:
-            x = block(x, bias, past_key_values)
-        return BaseModelOutputWithPast(last_hidden_state=self.ln_f(x), past_key_values=past_key_values)
+            x, router_logits = block(x, bias, past_key_values)
+            routed.append(router_logits)
+        return MoeModelOutputWithPast(
+            last_hidden_state=self.ln_f(x),
+            past_key_values=past_key_values,
+            router_logits=tuple(routed) if output_router_logits and self.config.num_experts > 1 else None,
+        )
 
 
 class MathformerForCausalLM(MathformerPreTrainedModel, GenerationMixin):
@@ -206,7 +281,7 @@ class MathformerForCausalLM(MathformerPreTrainedModel, GenerationMixin):
         use_cache: bool = False,
         logits_to_keep: int = 0,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
+    ) -> MoeCausalLMOutputWithPast:
         """`labels` [B, T] are the input ids with -100 where there is no loss; they are shifted here."""
         out = self.transformer(
             input_ids, attention_mask=attention_mask, past_key_values=past_key_values, use_cache=use_cache, **kwargs
@@ -215,4 +290,6 @@ class MathformerForCausalLM(MathformerPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values)
+        return MoeCausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=out.past_key_values, router_logits=out.router_logits
+        )
