@@ -61,6 +61,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 HERE = Path(__file__).resolve().parent
 PRESET = HERE / "configs" / "arithmetic.yaml"  # what the plain command runs
@@ -335,6 +336,40 @@ def keep_top(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
     return logits
 
 
+class GrowingLayer(DynamicLayer):
+    """A layer of the key-value cache, with spare room behind its tokens: a new token is written there.
+
+    The layer that it replaces makes a new tensor of all keys and values for each new token and for each row that ends,
+    which is most of the time that a small model needs for sampling.
+    """
+
+    def __init__(self, layer: DynamicLayer):
+        super().__init__()
+        self.lazy_initialization(layer.keys, layer.values)
+        self.keys, self.values = layer.keys, layer.values  # views of the used part, [B, heads, tokens, D]
+        self.room = {"keys": layer.keys, "values": layer.values}
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        for name, states in (("keys", key_states), ("values", value_states)):
+            held = getattr(self, name)
+            used, end = held.shape[2], held.shape[2] + states.shape[2]
+            if end > self.room[name].shape[2]:  # half as much again each time: copied a few times, never twice as large
+                self.room[name] = held.new_empty(*held.shape[:2], end + max(32, end // 2), held.shape[3])
+                self.room[name][:, :, :used] = held
+            self.room[name][:, :, used:end] = states
+            setattr(self, name, self.room[name][:, :, :end])
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Row i becomes what row `indices[i]` was; only rows that change are copied."""
+        changed = (indices != torch.arange(len(indices), device=indices.device)).nonzero()[:, 0]
+        for name in ("keys", "values"):
+            held = getattr(self, name)
+            held[changed] = held[indices[changed]]
+            setattr(self, name, held[: len(indices)])
+            self.room[name] = self.room[name][: len(indices)]
+
+
 class TorchSampler:
     """Samples with the trainer's own model, on any device, by hand.
 
@@ -371,6 +406,8 @@ class TorchSampler:
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
         logits, cache = self._forward(ids, mask, None)
         cache.batch_repeat_interleave(group_size)
+        if type(cache) is DynamicCache:  # models with other kinds of memory keep their own
+            cache.layers = [GrowingLayer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
         logits, mask = logits.repeat_interleave(group_size, 0), mask.repeat_interleave(group_size, 0)
 
         B = len(prompts) * group_size
@@ -393,7 +430,10 @@ class TorchSampler:
             if stopped.any():
                 ended[rows[stopped]] = True
                 lengths[rows[stopped]] = t + 1
-                going = (~stopped).nonzero()[:, 0]
+                # rows from the end take the places of those that stopped, all others stay where they are
+                left = len(rows) - int(stopped.sum())
+                going = torch.arange(left, device=self.device)
+                going[stopped[:left]] = left + (~stopped[left:]).nonzero()[:, 0]
                 rows, token, mask = rows[going], token[going], mask[going]
                 cache.batch_select_indices(going)
             if t + 1 == max_tokens or not len(rows):
@@ -1152,6 +1192,7 @@ def show_group(rollouts: list[Rollout], tokenizer, config: Config) -> None:
 
 def load_model(name: str):
     """The causal language model in float32, without dropout, and its tokenizer; from a folder or the Hub."""
+    transformers.utils.logging.disable_progress_bar()  # of loading and saving: they would break up our own
     name = str(HERE / name) if not Path(name).exists() and (HERE / name).exists() else name
     if not Path(name).exists():
         print(f"there is no folder {name} here: looking for it on the Hugging Face Hub")
@@ -1266,7 +1307,6 @@ def peak_memory(device: torch.device) -> float:
 
 def setup(config: Config):
     """Everything that a run needs, checked before any long work and before a folder is made."""
-    transformers.utils.logging.disable_progress_bar()  # of loading and saving: they would break up our own
     task, accelerator = load_task(config.task, config.task_args), make_accelerator(config)
     folder = RunFolder(Path(config.resume)) if config.resume else None
     if folder and not folder.checkpoints():

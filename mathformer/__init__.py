@@ -13,4 +13,15 @@ AutoConfig.register("mathformer", MathformerConfig)
 AutoModel.register(MathformerConfig, MathformerModel)
 AutoModelForCausalLM.register(MathformerConfig, MathformerForCausalLM)
 
-__all__ = ["ArithmeticTask", "MathformerConfig", "MathformerForCausalLM", "MathformerModel"]
+
+def register_with_vllm() -> None:
+    """Lets vLLM load checkpoints without experts: it runs them as a BLOOM, whose weights and arithmetic are the same.
+
+    In the process that makes the `vllm.LLM`, before that.
+    """
+    from vllm import ModelRegistry
+
+    ModelRegistry.register_model("MathformerForCausalLM", "vllm.model_executor.models.bloom:BloomForCausalLM")
+
+
+__all__ = ["ArithmeticTask", "MathformerConfig", "MathformerForCausalLM", "MathformerModel", "register_with_vllm"]

@@ -24,7 +24,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 SIZES = {
     "tiny": (48, 3, 4),
     "small": (64, 4, 4),
-    "medium": (128, 6, 8),
+    "medium": (128, 6, 4),
     "large": (256, 8, 8),
 }
 
@@ -33,7 +33,9 @@ class MathformerConfig(PreTrainedConfig):
     """Shape of the model. `hidden_size` is the width, a multiple of `num_attention_heads`."""
 
     model_type = "mathformer"
-    attribute_map = {"n_head": "num_attention_heads", "n_layer": "num_hidden_layers"}  # BLOOM's names, for vLLM
+    # vLLM runs this model as a BLOOM, and asks for these two by BLOOM's names
+    attribute_map = {"n_head": "num_attention_heads"}
+    apply_residual_connection_post_layernorm = False
 
     vocab_size: int = 64
     hidden_size: int = 64

@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
-from jsonargparse import ArgumentParser, set_parsing_settings
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from grpo import RunFolder, UsageError, finish_step_on_signal, load_model
+from grpo import RunFolder, finish_step_on_signal, load_model
+from mathformer.command_line import errors_as_lines, parse_settings
 from mathformer.model import SIZES, MathformerConfig, MathformerForCausalLM, load_balancing_loss
 from mathformer.task import ArithmeticTask, solution_text
 from mathformer.tokenizer import build_tokenizer
@@ -38,6 +38,8 @@ POOL = 32  # batches whose problems are drawn together
 class PretrainConfig:
     output: str = ""
     """folder for the trained model; it must not exist yet"""
+    resume: str = ""
+    """folder of a pretraining that was stopped, to go on with; its settings are used"""
 
     # The model
     modelsize: str = "small"
@@ -94,8 +96,8 @@ class PretrainConfig:
     """file for step, loss, accuracy and seconds"""
 
     def __post_init__(self):
-        if not self.output:
-            raise ValueError("--output is needed: a folder for the trained model")
+        if bool(self.output) == bool(self.resume):
+            raise ValueError("give --output, a folder for the trained model, or --resume, one to go on with")
         if self.modelsize not in SIZES:
             raise ValueError(f"modelsize {self.modelsize!r}: choose one of {', '.join(SIZES)}")
         for name in ("steps", "batch_size", "save_steps"):
@@ -182,15 +184,15 @@ def learning_rate(config: PretrainConfig, step: int) -> float:
     return config.lr * min((step + 1) / warmup, 0.01 + 0.99 * cosine)
 
 
-def pretrain(config: PretrainConfig, resume: bool = False) -> bool:
-    """Trains and saves the model; with `resume`, from the newest checkpoint in `config.output`, to the same result.
-
-    Returns False if it was stopped by a signal.
-    """
-    transformers.utils.logging.disable_progress_bar()  # of saving: it would break up our own
+def pretrain(config: PretrainConfig) -> bool:
+    """Trains and saves the model; a run that was stopped and resumed leads to the same one. Returns False if stopped."""
+    resume = bool(config.resume)
+    if resume:
+        config = interrupted_config(config)
     folder, rng, task = RunFolder(Path(config.output)), random.Random(config.seed), config.task()
     if not resume and folder.path.exists():
         raise ValueError(f"{folder.path} exists already: choose another --output, or go on with --resume {folder.path}")
+    transformers.utils.logging.disable_progress_bar()  # of saving: it would break up our own
     torch.manual_seed(config.seed)
     if resume:
         model, tokenizer = load_model(str(folder.checkpoints()[-1]))
@@ -205,7 +207,7 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> bool:
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.98))
     state = dict(step=0, seconds=0.0, tokens=0, right=0, answers=0)
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("output", "log_csv")}
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("output", "resume", "log_csv")}
     if resume:
         state = folder.resume(optimizer, config.steps)
         version, numbers, gauss = state.pop("rng")
@@ -283,30 +285,18 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> bool:
     return True
 
 
-def interrupted_config(path: str) -> PretrainConfig:
-    """The settings of a pretraining that was stopped."""
-    if not RunFolder(Path(path)).checkpoints():
-        raise ValueError(f"{path} holds no checkpoint to go on from")
-    return PretrainConfig(output=path, **json.loads((Path(path) / SETTINGS_FILE).read_text()))
+def interrupted_config(config: PretrainConfig) -> PretrainConfig:
+    """The settings of the pretraining that `config.resume` names."""
+    if config != PretrainConfig(resume=config.resume):
+        raise ValueError("--resume uses the settings of before: leave the others out")
+    if not RunFolder(Path(config.resume)).checkpoints():
+        raise ValueError(f"{config.resume} holds no checkpoint to go on from")
+    return PretrainConfig(output=config.resume, **json.loads((Path(config.resume) / SETTINGS_FILE).read_text()))
 
 
 def main(args: list[str] | None = None) -> None:
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--resume", metavar="FOLDER", help="go on with a pretraining that was stopped, as it was set")
-    parser.add_class_arguments(PretrainConfig, as_group=False)
-    args = sys.argv[1:] if args is None else args
-    try:
-        settings = vars(parser.parse_args(args))
-        resume = settings.pop("resume")
-        if resume and [a for a in args if a.startswith("--") and not a.startswith("--resume")]:
-            raise ValueError("--resume uses the settings of before: leave the others out")
-        done = pretrain(interrupted_config(resume) if resume else PretrainConfig(**settings), resume=bool(resume))
-    except (ValueError, UsageError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
-    sys.exit(0 if done else 130)
+    with errors_as_lines():
+        sys.exit(0 if pretrain(parse_settings(PretrainConfig, __doc__, args)) else 130)
 
 
 if __name__ == "__main__":
