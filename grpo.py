@@ -213,7 +213,9 @@ class Config:
 
 LOWEST = dict(group_size=2, prompts_per_step=1, max_prompt_tokens=1, max_completion_tokens=1, sample_rows=1, epochs=1)
 LOWEST |= dict(minibatches=1, tokens_per_microbatch=1, eval_samples=1, save_steps=1, keep_last=1, steps=0, top_k=0)
-LOWEST |= dict(kl_coef=0, kl_target=0, clip_low=0, clip_high=0, warmup_steps=0, weight_decay=0, eval_steps=0, print_steps=0)
+LOWEST |= dict(
+    kl_coef=0, kl_target=0, clip_low=0, clip_high=0, warmup_steps=0, weight_decay=0, eval_steps=0, print_steps=0
+)
 CHANGEABLE_ON_RESUME = {"steps", "eval_steps", "save_steps", "keep_last", "print_steps", "about", "runs", "resume"}
 CHANGEABLE_ON_RESUME |= {"tokens_per_microbatch", "gradient_checkpointing", "offload_reference"}  # what memory needs
 
@@ -944,7 +946,8 @@ def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float
     """95 % interval of a share seen in n trials (Wilson's, sound near 0 and 1 too)."""
     center = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return min(center - half, share), max(center + half, share)  # at 0 and 1 rounding would leave the share outside
+    # rounding would leave a share of 0 or 1 outside
+    return max(0.0, min(center - half, share)), min(1.0, max(center + half, share))
 
 
 def clustered_interval(shares: list[float], z: float = 1.96) -> tuple[float, float]:

@@ -81,7 +81,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--trained", default=str(ROOT / "mathformer" / "pretrained"), help="the model that ends by itself")
+    parser.add_argument(
+        "--trained", default=str(ROOT / "mathformer" / "pretrained"), help="the model that ends by itself"
+    )
     parser.add_argument("--sizes", nargs="+", default=["small", "medium"])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -98,7 +100,9 @@ def main() -> None:
         figures = [(one(turn), other(turn)) for turn in range(options.turns)]
         ratios = [a / b for a, b in figures]
         a, b = (statistics.median(column) for column in zip(*figures, strict=True))
-        rows.append(f"| {name} | {a:,.0f} | {b:,.0f} | {statistics.median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f} |")
+        rows.append(
+            f"| {name} | {a:,.0f} | {b:,.0f} | {statistics.median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f} |"
+        )
         print(rows[-1])
 
     print("| | ours, tokens/s | BLOOM, tokens/s | ratio | of all turns |\n| --- | --- | --- | --- | --- |")
@@ -109,7 +113,9 @@ def main() -> None:
         models[size] = (model, bloom_of(model))
     for size in options.sizes:
         model, bloom = models[size]
-        compare(f"pretraining, {size}", lambda _, m=model: pretraining(m, data), lambda _, m=bloom: pretraining(m, data))
+        compare(
+            f"pretraining, {size}", lambda _, m=model: pretraining(m, data), lambda _, m=bloom: pretraining(m, data)
+        )
     cases = [("trained", [tokenizer.eos_token_id], 72), *((size, [], 64) for size in options.sizes)]
     for size, eos, max_tokens in cases:
         model, bloom = models[size]

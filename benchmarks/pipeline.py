@@ -4,8 +4,9 @@
     python benchmarks/pipeline.py --seeds 0 1 2 --num_experts 4 --active_experts 2
 
 For each seed, three commands, which are printed: mathformer.train, mathformer.train_rl (with its default settings but
-for the number of steps), and mathformer.evaluate before and after. Each is timed as a process. Writes a table to
-benchmarks/results/, and the models to --work.
+for the number of steps), and mathformer.evaluate before and after. Each is timed as a process. Adds a row for each seed
+to a table in benchmarks/results/, and writes the models to --work. Two processes with OMP_NUM_THREADS=1, started at the
+same time with seeds of their own, use two cores better than one process does.
 """
 
 import argparse
@@ -46,14 +47,16 @@ def main() -> None:
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     threads = os.environ.get("OMP_NUM_THREADS", os.cpu_count())
-    lines = [
-        f"`python benchmarks/pipeline.py {' '.join(sys.argv[1:])}`, {threads} threads on {os.cpu_count()} cores of "
+    head = [
+        f"`OMP_NUM_THREADS={threads} python benchmarks/pipeline.py --seeds S`, on {os.cpu_count()} cores of "
         f"{cpu_name()}, {versions}, commit {commit.strip()}. Accuracy in percent with its 95 % interval, on 1000 "
         "problems that are in no training; worked: the share of sampled answers that show steps.\n",
-        "| seed | greedy before | greedy after | sampled before | sampled after | worked before | worked after "
-        "| made to work, before | after | pretraining s | RL s | evaluations s | all, minutes |",
-        "| --- " * 13 + "|",
+        "| experts, active | seed | pretraining steps | greedy before | greedy after | sampled before | sampled after "
+        "| worked before | worked after | made to work, before | after | pretraining s | RL s | evaluations s | all, min |",
+        "| --- " * 15 + "|",
     ]
+    if not options.out.exists():
+        options.out.write_text("\n".join(head) + "\n")
     for seed in map(str, options.seeds):
         work = (options.work / f"experts{options.num_experts}-s{seed}").resolve()
         base, runs = work / "base", work / "runs"
@@ -81,9 +84,9 @@ def main() -> None:
         cells += [f"{100 * row[key]:.1f}" for key in ("worked", "accuracy_worked") for row in rows]
         seconds = [pretraining, rl, evaluation]
         cells += [f"{s:.0f}" for s in seconds] + [f"{sum(seconds) / 60:.1f}"]
-        lines.append(f"| {seed} | " + " | ".join(cells) + " |")
-        options.out.write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+        first = [f"{options.num_experts}, {options.active_experts}", seed, options.pretrain_steps]
+        with open(options.out, "a") as file:
+            file.write(f"| {' | '.join(first + cells)} |\n")
 
 
 if __name__ == "__main__":

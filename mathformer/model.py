@@ -132,7 +132,7 @@ class MixtureOfExperts(nn.Module):
         chosen = chosen.flatten()
         order = chosen.argsort()  # sorted by expert: each of them works on one slice, all its tokens at once
         counts = chosen.bincount(minlength=len(self.experts)).tolist()
-        slices = tokens[order // self.active_experts].split(counts)
+        slices = tokens.index_select(0, order // self.active_experts).split(counts)
         outputs = torch.cat([expert(inputs) for expert, inputs in zip(self.experts, slices, strict=True)])
         outputs = torch.empty_like(outputs).index_copy(0, order, outputs).unflatten(0, weights.shape)  # [N, active, D]
         return (outputs * weights[..., None]).sum(1).view_as(x), router_logits

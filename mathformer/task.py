@@ -89,7 +89,9 @@ class ArithmeticTask:
             if not 0 <= value < 1:
                 raise ValueError(f"{name} is {value}, it is a probability: from 0 to less than 1")
         if not 0 <= partial_credit < 1:
-            raise ValueError(f"partial_credit is {partial_credit}, it must be from 0 to less than 1, a right answer's pay")
+            raise ValueError(
+                f"partial_credit is {partial_credit}, it must be from 0 to less than 1, a right answer's pay"
+            )
         if endian not in ENDIANS:
             raise ValueError(f"endian is {endian!r}, it must be one of {', '.join(ENDIANS)}")
         if max_value is not None and max_value < 1:

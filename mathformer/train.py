@@ -125,7 +125,11 @@ def task_settings(pretraining: dict) -> dict:
 
 
 def model_config(
-    modelsize: str, tokenizer: PreTrainedTokenizerFast, num_experts: int = 1, active_experts: int = 1, dropout: float = 0
+    modelsize: str,
+    tokenizer: PreTrainedTokenizerFast,
+    num_experts: int = 1,
+    active_experts: int = 1,
+    dropout: float = 0,
 ) -> MathformerConfig:
     width, layers, heads = SIZES[modelsize]
     return MathformerConfig(
