@@ -1064,7 +1064,7 @@ class RunFolder:
         self.append(f"eval-{row['step']}.jsonl", details)
 
     def save_checkpoint(self, step: int, model, tokenizer, optimizer, keep_last: int, **state) -> None:
-        """checkpoint-<step>/: model, AdamW's moments and counters, `state`; metrics.csv. It has another name until whole.
+        """checkpoint-<step>/: model, AdamW's moments and counters, `state`; under another name until it is whole.
 
         No random state is needed: all that is random in a step follows from the seed and the step's number.
         """
@@ -1092,7 +1092,7 @@ class RunFolder:
         return sorted(self.path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
 
     def resume(self, optimizer, steps: int) -> dict[str, Any]:
-        """Loads the optimizer from the newest checkpoint and cuts later rows off the logs; returns `step` and `state`."""
+        """Loads the optimizer from the newest checkpoint, cuts later rows off the logs; returns `step` and `state`."""
         newest = self.checkpoints()[-1]
         saved, state = json.loads((newest / "state.json").read_text()), optimizer.state_dict()
         if steps < saved["step"]:

@@ -93,17 +93,14 @@ def main() -> None:
     prompts = [tokenizer(example["prompt"])["input_ids"] for example in task.eval()[:32]]
     stream = batches(random.Random(0), PretrainConfig(output="-"), task, tokenizer, 0.5)
     data = [next(stream) for _ in range(8)]
-    rows = []
 
     def compare(name: str, one, other) -> None:
         one(0), other(0)  # once without a clock
         figures = [(one(turn), other(turn)) for turn in range(options.turns)]
         ratios = [a / b for a, b in figures]
         a, b = (statistics.median(column) for column in zip(*figures, strict=True))
-        rows.append(
-            f"| {name} | {a:,.0f} | {b:,.0f} | {statistics.median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f} |"
-        )
-        print(rows[-1])
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        print(f"| {name} | {a:,.0f} | {b:,.0f} | {statistics.median(ratios):.2f} | {spread} |")
 
     print("| | ours, tokens/s | BLOOM, tokens/s | ratio | of all turns |\n| --- | --- | --- | --- | --- |")
     trained, _ = grpo.load_model(options.trained)

@@ -52,7 +52,7 @@ def main() -> None:
         f"{cpu_name()}, {versions}, commit {commit.strip()}. Accuracy in percent with its 95 % interval, on 1000 "
         "problems that are in no training; worked: the share of sampled answers that show steps.\n",
         "| experts, active | seed | pretraining steps | greedy before | greedy after | sampled before | sampled after "
-        "| worked before | worked after | made to work, before | after | pretraining s | RL s | evaluations s | all, min |",
+        "| worked before | worked after | made to work, before | after | pretraining s | RL s | evaluation s | min |",
         "| --- " * 15 + "|",
     ]
     if not options.out.exists():

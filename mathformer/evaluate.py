@@ -19,6 +19,7 @@ import yaml
 import grpo
 from mathformer.command_line import errors_as_lines, parse_settings
 from mathformer.expressions import depth, leaves, parse, symbols
+from mathformer.expressions import evaluate as evaluate_expression
 from mathformer.model import SIZES
 from mathformer.task import ArithmeticTask
 from mathformer.tokenizer import ANSWER, build_tokenizer
@@ -141,6 +142,10 @@ def show_expression(text: str, sampler, tokenizer, task: ArithmeticTask, config:
     tree = parse(text)
     if isinstance(tree, int):
         raise ValueError(f"{text!r} is a number: there is nothing to work out")
+    try:
+        evaluate_expression(tree)
+    except ZeroDivisionError as error:
+        raise ValueError(f"{text!r} divides by zero") from error
     task.spaces = task.parentheses = 0.0
     example = task.example(tree, random.Random(0))
     problem = [grpo.Problem(example, *grpo.encode_prompt(tokenizer, task, example))]

@@ -90,7 +90,7 @@ def leaves(tree: Tree) -> list[int]:
 
 
 def render(tree: Tree, rng: random.Random | None = None, parentheses: float = 0.0, spaces: float = 0.0) -> str:
-    """The tree as text, which `parse` inverts. Without `rng`, the canonical text: no space, and no parenthesis more than needed.
+    """The tree as text, which `parse` inverts. The canonical text has no space, and no parenthesis without need.
 
     Args:
         rng: randomness of the next two.
@@ -262,7 +262,7 @@ def rewritings(symbol: str, values: list[Value]) -> list[str]:
 
 
 def reductions(numerator: int, denominator: int) -> list[str]:
-    """A fraction, divided by one prime factor after the other until it is reduced: ["84/36", "42/18", "21/9", "7/3"]."""
+    """A fraction, divided by one prime factor after the other until it is reduced: 84/36, 42/18, 21/9, 7/3."""
     if denominator < 0:
         numerator, denominator = -numerator, -denominator
     if numerator % denominator == 0:

@@ -53,9 +53,9 @@ class ArithmeticTask:
         max_digits, max_depth, max_value, negatives: see `expressions.generate`.
         operators: those that problems use, as text: `+-*`, `+ - max`, or `all`.
         parentheses, spaces: probabilities of parentheses and spaces that are not needed; see `expressions.render`.
-        endian: digits of numbers: `big` (most significant first), `little` (last), or `both`, half of the problems each.
+        endian: digits of numbers: `big` (most significant first), `little` (last), or `both`, for half the problems.
         partial_credit: what a wrong answer is paid if every step was right; in proportion if only some were. Less than
-            a right answer, and the steps are those of the problem, so that writing true equations does not pay by itself.
+            a right answer. The steps are those of the problem: other true equations are not paid.
         curriculum_steps: training problems grow from one operator and one digit to `max_depth` and `max_digits` over
             so many steps; 0 is off.
         eval_size: number of evaluation problems, all different; fewer if the settings hold out fewer.
@@ -121,11 +121,11 @@ class ArithmeticTask:
     def eval(self) -> list[dict]:
         rng = random.Random(self.eval_seed)
         distinct: dict[str, dict] = {}
-        for _ in range(100 * self.eval_size):  # small settings hold out fewer expressions than were asked for
+        repeats = 0
+        while len(distinct) < self.eval_size and repeats < 1000:  # small settings hold out fewer than were asked for
             example = self.example(self.draw(rng, for_eval=True), rng)
+            repeats = repeats + 1 if example["expression"] in distinct else 0
             distinct.setdefault(example["expression"], example)
-            if len(distinct) == self.eval_size:
-                break
         return list(distinct.values())
 
     def example(self, tree: Tree, rng: random.Random) -> dict:

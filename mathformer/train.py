@@ -189,7 +189,7 @@ def learning_rate(config: PretrainConfig, step: int) -> float:
 
 
 def pretrain(config: PretrainConfig) -> bool:
-    """Trains and saves the model; a run that was stopped and resumed leads to the same one. Returns False if stopped."""
+    """Trains and saves the model; stopped and resumed, it comes to the same one. Returns False if stopped."""
     resume = bool(config.resume)
     if resume:
         config = interrupted_config(config)

@@ -29,7 +29,7 @@ class RLConfig:
     lr: float = 5e-4
     """learning rate; mathFormer's default of 1e-5 is too small for this model to learn anything in 1000 steps"""
     max_digits: int | None = None
-    """digits of the numbers in a problem; like the next three, by default as the checkpoint was pretrained (mathFormer: 2)"""
+    """digits of the numbers in a problem (mathFormer: 2); by default, like the next three, as it was pretrained"""
     max_depth: int | None = None
     """operators on the longest path of a problem (mathFormer: 3)"""
     operators: str | None = None

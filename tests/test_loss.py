@@ -401,3 +401,10 @@ def test_learning_rate_schedules(make_config):
     assert grpo.learning_rate(linear, 1) == 1 and is_close(grpo.learning_rate(linear, 6), 0.5)
     cosine = make_config(lr=1.0, steps=10, lr_schedule="cosine", warmup_steps=2)
     assert grpo.learning_rate(cosine, 3) == 1 and is_close(grpo.learning_rate(cosine, 7), 0.5)
+
+
+@pytest.mark.parametrize(
+    "kl, expected", [(0.1, 0.05), (0.11, 0.0505), (0.09, 0.0495), (5.0, 0.051), (0.0, 0.049), (None, 0.05)]
+)
+def test_adapted_kl_coef_by_hand(kl, expected):
+    assert grpo.adapted_kl_coef(0.05, kl, target=0.1) == pytest.approx(expected)

@@ -1,20 +1,17 @@
-"""The small-model track: model against BLOOM, tokenizer, expressions, task, pretraining."""
+"""The small model: against BLOOM, its mixture of experts, its tokenizer."""
 
 import math
-import random
 
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from conftest import row_logps
 
-from mathformer import ArithmeticTask, MathformerConfig, MathformerForCausalLM
-from mathformer import expressions as ex
-from mathformer.model import alibi_slopes
-from mathformer.task import prompt_text, solution_text
+import grpo
+from mathformer import MathformerConfig, MathformerForCausalLM
+from mathformer.model import MixtureOfExperts, alibi_slopes, load_balancing_loss
 from mathformer.tokenizer import VOCABULARY
-from mathformer.train import PretrainConfig, build_model, pretrain
+from mathformer.train import build_model
 
 # The model
 
@@ -112,6 +109,123 @@ def test_width_must_be_a_multiple_of_the_heads():
         MathformerConfig(hidden_size=30, num_attention_heads=4)
 
 
+# Dropout
+
+
+def test_dropout_acts_in_training_only(tokenizer):
+    torch.manual_seed(0)
+    model = build_model("tiny", tokenizer, dropout=0.5)
+    ids = torch.randint(3, 33, (2, 10), generator=torch.Generator().manual_seed(0))
+    model.train()
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    model.eval()
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    model.train()
+    a, b = (grpo.TorchSampler(model, [2]).generate(ids.tolist(), 4, grpo.Sampling(8), seed=0) for _ in range(2))
+    assert [r.logps for r in a] == [r.logps for r in b]  # the sampler turns it off
+    assert build_model("tiny", tokenizer).config.hidden_dropout == 0
+    with pytest.raises(ValueError, match="hidden_dropout is 1.0"):
+        build_model("tiny", tokenizer, dropout=1.0)
+
+
+def test_reinforcement_learning_takes_dropout_out(tokenizer, tmp_path):
+    build_model("tiny", tokenizer, dropout=0.5).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, _ = grpo.load_model(str(tmp_path))
+    model.train()
+    ids = torch.randint(3, 33, (2, 10))
+    assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+# The mixture of experts
+
+
+@pytest.fixture
+def mixture():
+    torch.manual_seed(0)
+    config = MathformerConfig(hidden_size=16, num_attention_heads=4, num_experts=4, active_experts=2)
+    layer = MixtureOfExperts(config)
+    with torch.no_grad():
+        layer.router.weight.mul_(5)
+    return layer
+
+
+def test_mixture_equals_a_loop_over_tokens(mixture):
+    x = torch.randn(3, 7, 16)
+    out, router_logits = mixture(x)
+    for token, got, logits in zip(x.flatten(0, 1), out.flatten(0, 1), router_logits, strict=True):
+        probs = torch.softmax(mixture.router.weight @ token, 0)
+        assert torch.allclose(logits.softmax(0), probs, atol=1e-6)
+        best = sorted(range(4), key=lambda e: -probs[e])[:2]
+        expected = sum(probs[e] * mixture.experts[e](token) for e in best)
+        assert torch.allclose(got, expected, atol=1e-5)
+
+
+def test_no_token_is_dropped_however_uneven_the_load(mixture):
+    with torch.no_grad():
+        mixture.router.weight[1] = mixture.router.weight[0] = 3.0  # every token with a positive sum goes to 0 and 1
+    crowd = torch.rand(1, 500, 16)
+    alone = mixture(crowd[:, 250:251])[0]
+    together, router_logits = mixture(crowd)
+    assert set(router_logits.topk(2).indices.flatten().tolist()) == {0, 1}
+    assert alone.abs().min() > 0
+    assert torch.allclose(together[:, 250:251], alone, atol=1e-6)
+
+
+def test_the_router_and_the_chosen_experts_get_gradients_also_with_one_active():
+    torch.manual_seed(0)
+    layer = MixtureOfExperts(MathformerConfig(hidden_size=16, num_attention_heads=4, num_experts=3, active_experts=1))
+    out, router_logits = layer(torch.randn(1, 40, 16))
+    out.square().sum().backward()
+    chosen = set(router_logits.argmax(1).tolist())
+    assert layer.router.weight.grad.abs().max() > 0
+    for e, expert in enumerate(layer.experts):
+        assert (expert.dense_h_to_4h.weight.grad.abs().max() > 0) == (e in chosen)
+
+
+def test_load_balancing_loss_by_hand():
+    even = torch.eye(4).repeat(3, 1) * 50  # each expert gets three tokens of twelve, each for certain
+    crowded = torch.tensor([[50.0, 0, 0, 0]]).repeat(12, 1)
+    real = torch.ones(12, dtype=torch.bool)
+    assert load_balancing_loss((even,), real, 1).item() == pytest.approx(1)
+    assert load_balancing_loss((crowded,), real, 1).item() == pytest.approx(4)
+    assert load_balancing_loss((even, crowded), real, 1).item() == pytest.approx(2.5)
+    # two tokens, two of three experts each: shares (1/2, 1/4, 1/4), mean probabilities (.5, .3, .2)
+    logits = torch.tensor([[0.6, 0.3, 0.1], [0.4, 0.3, 0.3 + 1e-6]]).log()
+    expected = 3 * (0.5 * 0.5 + 0.25 * 0.3 + 0.25 * 0.2)
+    assert load_balancing_loss((logits,), torch.tensor([True, True]), 2).item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_load_balancing_loss_does_not_see_padding():
+    logits = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
+    real = torch.arange(10) < 6
+    assert load_balancing_loss((logits,), real, 2) == load_balancing_loss((logits[:6],), real[:6], 2)
+
+
+def test_a_mixture_is_saved_loaded_and_sampled_like_any_model(tokenizer, tmp_path):
+    torch.manual_seed(0)
+    model = build_model("tiny", tokenizer, num_experts=4, active_experts=2).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded, _ = grpo.load_model(str(tmp_path))
+    ids = torch.randint(3, 33, (2, 10), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert loaded(ids).router_logits is None
+    assert [tuple(logits.shape) for logits in loaded(ids, output_router_logits=True).router_logits] == [(20, 4)] * 3
+    for r in grpo.TorchSampler(loaded, [2]).generate([[5, 6, 7], [8]], 8, grpo.Sampling(20), seed=0):
+        assert torch.allclose(torch.tensor(r.logps).double(), row_logps(model, r), atol=1e-4)
+
+
+def test_more_active_experts_than_experts_are_refused():
+    with pytest.raises(ValueError, match="active_experts is 5, it must be from 1 to num_experts, 4"):
+        MathformerConfig(num_experts=4, active_experts=5)
+    with pytest.raises(ValueError, match="active_experts is 0"):
+        MathformerConfig(num_experts=4, active_experts=0)
+
+
 # The tokenizer
 
 
@@ -132,152 +246,3 @@ def test_decoding_a_completion_keeps_tags_and_drops_the_end(tokenizer):
 def test_a_character_outside_the_vocabulary_is_refused(tokenizer):
     with pytest.raises(Exception, match="(?i)unk"):
         tokenizer("3 x 4")
-
-
-# Expressions
-
-numbers = st.integers(-99, 99)
-trees = st.recursive(
-    numbers, lambda t: st.builds(ex.Operation, st.sampled_from(list(ex.OPERATORS)), t, t), max_leaves=12
-)
-
-
-@given(trees)
-@settings(deadline=None)
-def test_parse_inverts_render(tree):
-    assert ex.parse(ex.render(tree)) == tree
-
-
-@given(trees)
-@settings(deadline=None)
-def test_value_equals_pythons(tree):
-    assert ex.evaluate(tree) == eval(ex.render(tree))  # noqa: S307 - our own text, in a test
-
-
-@given(trees)
-@settings(deadline=None)
-def test_steps_are_true_and_reach_the_result(tree):
-    steps = ex.steps(tree)
-    for step in steps:
-        left, right = step.split("=")
-        assert ex.evaluate(ex.parse(left)) == int(right)
-    if steps:
-        assert int(steps[-1].split("=")[1]) == ex.evaluate(tree)
-
-
-def test_steps_by_hand():
-    assert ex.steps(ex.parse("7-(4+8)*3")) == ["4+8=12", "12*3=36", "7-36=-29"]
-    assert ex.steps(ex.parse("1-2-3")) == ["1-2=-1", "-1-3=-4"]
-    assert ex.render(ex.parse("((1)-((2-3)))*(4)")) == "(1-(2-3))*4"
-
-
-@pytest.mark.parametrize(
-    "text, said",
-    [
-        ("", r"a number or \( was expected at symbol 1"),
-        ("3+", "expected at symbol 3"),
-        ("(3", r"a \) was expected"),
-        ("3)", r"unexpected '\)' at symbol 2"),
-        ("3 4", "unexpected '4'"),
-        ("-(3)", "a number"),
-        ("3^4", r"unexpected '\^'"),
-        ("٣+1", "a number"),
-        ("(" * 400 + "1", "nested"),
-        ("1" * 2000, "2000 characters"),
-    ],
-)
-def test_what_does_not_parse_is_named(text, said):
-    with pytest.raises(ValueError, match=said):
-        ex.parse(text)
-
-
-def test_generated_problems_keep_to_their_limits():
-    rng = random.Random(0)
-    found = [ex.generate(rng, 2, 3, "+-", 150) for _ in range(2000)]
-    assert {ex.depth(tree) for tree in found} == {1, 2, 3}
-    assert max(map(ex.largest_value, found)) <= 150
-    text = "".join(map(ex.render, found))
-    assert "*" not in text and {"+", "-"} <= set(text)
-    assert [ex.generate(random.Random(5), 1, 3) for _ in range(3)] == [ex.generate(random.Random(5), 1, 3)] * 3
-
-
-# The task
-
-
-def test_evaluation_problems_are_in_no_training():
-    task = ArithmeticTask()
-    evaluation = {example["expression"] for example in task.eval()}
-    assert len(evaluation) == len(task.eval()) == 500
-    rng = random.Random(0)
-    training = {task.train(rng, 0)["expression"] for _ in range(20_000)}
-    assert not evaluation & training
-    assert task.eval() == ArithmeticTask().eval()
-
-
-def test_small_settings_give_fewer_evaluation_problems():
-    assert 1 < len(ArithmeticTask(max_depth=1).eval()) < 40
-
-
-def test_the_verifier_accepts_what_pretraining_teaches():
-    task = ArithmeticTask()
-    rng = random.Random(0)
-    for _ in range(200):
-        tree = task.draw(rng, for_eval=False)
-        for worked in (True, False):
-            parts = task.reward(solution_text(tree, worked), task.example(tree))
-            assert parts["reward"] == parts["correct"] == parts["format"] == 1 and parts["worked"] == worked
-            assert parts["prediction"] == parts["ground_truth"]
-
-
-@pytest.mark.parametrize(
-    "text, correct, format, worked",
-    [
-        ("<answer>35", 1, 1, 0),
-        ("<answer>-35", 0, 1, 0),
-        ("<answer>36", 0, 1, 0),
-        ("<answer>035", 1, 1, 0),
-        ("<answer>35<answer>35", 0, 0, 0),
-        ("<answer>35+0", 0, 0, 0),
-        ("<answer>", 0, 0, 0),
-        ("35", 0, 0, 0),
-        ("", 0, 0, 0),
-        ("<scratchpad>3+4=7;7*5=35<answer>35", 1, 1, 1),
-        ("<scratchpad>3+4=8;8*5=41<answer>35", 1, 1, 0),  # steps that are all false are no work
-        ("<scratchpad><answer>35", 1, 1, 0),
-        ("<scratchpad>3+4=7;7*5=35", 0, 0, 0),
-        ("<scratchpad>3+4=7=<answer>36", 0, 1, 0),
-        ("<scratchpad>35=35<answer>35", 1, 1, 0),
-        ("<answer>" + "9" * 5000, 0, 0, 0),
-        ("<scratchpad>" + "(" * 5000 + "<answer>1", 0, 1, 0),
-    ],
-)
-def test_rewards_by_hand(text, correct, format, worked):
-    task = ArithmeticTask()
-    parts = task.reward(text, task.example(ex.parse("(3+4)*5")))
-    assert (parts["reward"], parts["correct"], parts["format"], parts["worked"]) == (correct, correct, format, worked)
-
-
-def test_prompt_of_a_problem():
-    assert prompt_text(ex.parse("(3+4)*5")) == "<sos><big>(3+4)*5"
-
-
-# Pretraining and the shipped checkpoint
-
-
-def test_pretraining_learns_repeats_and_leaves_a_model(tmp_path):
-    common = dict(modelsize="tiny", max_depth=1, steps=100, batch_size=32, final_share=0.25)
-    for name in ("a", "b"):
-        pretrain(PretrainConfig(output=str(tmp_path / name), log_csv=str(tmp_path / f"{name}.csv"), **common))
-    a, b = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in "ab")
-    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
-    losses = [line.split(",")[1] for line in (tmp_path / "a.csv").read_text().splitlines()[1:]]
-    assert float(losses[-1]) < 2.7  # it starts at log(33) = 3.5
-    with pytest.raises(ValueError, match="exists already"):
-        PretrainConfig(output=str(tmp_path / "a"))
-
-
-def test_sizes(tokenizer):
-    counts = {size: sum(p.numel() for p in build_model(size, tokenizer).parameters()) for size in ("tiny", "small")}
-    assert counts["tiny"] < 100_000 < counts["small"] < 250_000
-    with pytest.raises(ValueError, match="'huge': choose one of tiny, small"):
-        PretrainConfig(output="x", modelsize="huge")

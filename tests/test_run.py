@@ -184,11 +184,23 @@ def test_kl_penalty_needs_a_reference_that_stays(run, pays_length):
     assert rows(run()["run"], "metrics.jsonl")[0]["kl_ref"] is None
 
 
-def test_resumed_reference_is_the_first_model(run, pays_length):
-    folder = run(kl_coef=0.05, lr=1e-2, steps=3)["run"]
+@pytest.mark.parametrize("kl_target", [0.0, 0.01])
+def test_resumed_reference_is_the_first_model(run, pays_length, kl_target):
+    folder = run(kl_coef=0.05, kl_target=kl_target, lr=1e-2, steps=3)["run"]
     grpo.train(grpo.parse_config(["--resume", str(folder), "--steps", "4"]))
-    whole = rows(run(kl_coef=0.05, lr=1e-2, steps=4)["run"], "metrics.jsonl")
+    whole = rows(run(kl_coef=0.05, kl_target=kl_target, lr=1e-2, steps=4)["run"], "metrics.jsonl")
     assert repeatable(whole) == repeatable(rows(folder, "metrics.jsonl"))
+
+
+def test_the_kl_coefficient_follows_its_target(run, pays_length):
+    metrics = rows(run(kl_coef=0.05, kl_target=0.002, lr=1e-2, steps=5)["run"], "metrics.jsonl")
+    expected = 0.05
+    for row in metrics:
+        assert row["kl_coef"] == pytest.approx(expected)
+        expected *= 1 + 0.1 * max(-0.2, min(0.2, row["kl_ref"] / 0.002 - 1))
+    assert metrics[1]["kl_coef"] < 0.05  # no KL yet in the first step
+    assert metrics[-1]["kl_coef"] > metrics[-2]["kl_coef"]  # and too much of it later
+    assert {row["kl_coef"] for row in rows(run(kl_coef=0.05)["run"], "metrics.jsonl")} == {0.05}
 
 
 def test_top_k_takes_old_logps_from_the_trainer(run, pays_length):
@@ -309,7 +321,8 @@ def test_importing_grpo_starts_nothing():
         (["--task", "mathformer:Chess", "--model", "MODEL"], "no class Chess"),
         (["--task", "/nowhere/own.py:Own", "--model", "MODEL"], "cannot be imported"),
         (["--task_args.depth", "3"], "depth"),
-        (["--task_args.max_depth", "0"], "max_depth (0)"),
+        (["--task_args.max_depth", "0"], "max_depth is 0"),
+        (["--kl_target", "0.1"], "kl_coef must start above 0"),
         (["--task_args.operators", "+^"], "operators '+^'"),
         (["--model", "MODEL"], "both --model and --task"),
         (["--task", "arithmetic", "--model", "/nowhere/model"], "model '/nowhere/model' cannot be loaded"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import SHAPE, other_model, row_logps
 from transformers import BloomConfig, BloomForCausalLM, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import DynamicLayer
 
 import grpo
 
@@ -20,12 +21,44 @@ def sample(model, group_size=8, max_tokens=20, seed=0, sample_rows=256, **settin
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_sampler_and_trainer_agree_on_ragged_rows(model, name, temperature):
     model = model if name == "mathformer" else other_model(name)
-    rollouts = sample(model, temperature=temperature)
+    rollouts = sample(model, temperature=temperature, group_size=16)
     assert len({r.length for r in rollouts}) > 3, "the rows must be ragged for this test to mean anything"
     logps, _ = grpo.Policy(model, temperature)(**grpo.policy_inputs(rollouts, torch.device("cpu")))
     for i, r in enumerate(rollouts):
         assert torch.allclose(torch.tensor(r.logps), logps[i, : r.length], atol=1e-4)
         assert torch.allclose(torch.tensor(r.logps).double(), row_logps(model, r, temperature), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mathformer", "qwen2"])
+def test_a_long_completion_outgrows_the_cache_more_than_once(model, name, monkeypatch):
+    model = model if name == "mathformer" else other_model(name)
+    rooms, update = set(), grpo.GrowingLayer.update
+
+    def watched(self, *args, **kwargs):
+        result = update(self, *args, **kwargs)
+        rooms.add(self.room["keys"].shape[2])
+        return result
+
+    monkeypatch.setattr(grpo.GrowingLayer, "update", watched)
+    rollouts = sample(model, max_tokens=90, group_size=16)
+    assert len(rooms) >= 2 and len({r.length for r in rollouts}) > 6
+    for r in rollouts:
+        assert torch.allclose(torch.tensor(r.logps).double(), row_logps(model, r), atol=1e-4)
+
+
+def test_growing_layer_equals_the_layer_it_replaces():
+    generator = torch.Generator().manual_seed(0)
+    plain = DynamicLayer()
+    plain.update(*torch.randn(2, 6, 2, 5, 4, generator=generator))
+    growing = grpo.GrowingLayer(plain)
+    for indices in ([0, 1, 2, 3, 4, 5], [0, 5, 2, 3], [3, 1], [0]):
+        for layer in (plain, growing):
+            layer.batch_select_indices(torch.tensor(indices))
+        for _ in range(30):
+            states = torch.randn(2, len(indices), 2, 1, 4, generator=generator)
+            for ours, theirs in zip(growing.update(*states), plain.update(*states), strict=True):
+                assert torch.equal(ours, theirs)
+        assert growing.get_seq_length() == plain.get_seq_length()
 
 
 def test_groups_are_contiguous_and_end_where_they_should(model):

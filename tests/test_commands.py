@@ -1,0 +1,313 @@
+"""python -m mathformer.train, .train_rl and .evaluate."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import PRETRAINED
+
+import grpo
+from mathformer import evaluate, train, train_rl
+from mathformer.evaluate import EvaluationConfig, accuracy_by, load_checkpoint, trained_on
+from mathformer.train import PretrainConfig, build_model, pretrain
+from mathformer.train_rl import RLConfig
+
+TINY = dict(modelsize="tiny", max_depth=1, steps=100, batch_size=32, final_share=0.25)
+
+
+def weights(folder) -> dict:
+    return grpo.load_file(Path(folder) / "model.safetensors")
+
+
+def said_at_exit(main, argv: list[str]) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        main(argv)
+    assert exit_.value.code not in (0, None)
+    return str(exit_.value.code)
+
+
+# Pretraining
+
+
+def test_pretraining_learns_repeats_and_leaves_a_model(tmp_path):
+    for name in ("a", "b"):
+        assert pretrain(PretrainConfig(output=str(tmp_path / name), log_csv=str(tmp_path / f"{name}.csv"), **TINY))
+    a, b = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in "ab")
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    losses = [float(row["loss"]) for row in csv.DictReader((tmp_path / "a.csv").open())]
+    assert losses[-1] < 2.7  # it starts at log(33) = 3.5
+    assert not list((tmp_path / "a").glob("checkpoint-*"))
+    with pytest.raises(ValueError, match="exists already"):
+        pretrain(PretrainConfig(output=str(tmp_path / "a")))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(),
+        dict(dropout=0.2, endian="both", spaces=0.1, parentheses=0.1, negatives=0.1, operators="all", columns=True),
+        dict(num_experts=3, active_experts=2),
+    ],
+)
+def test_stopped_and_resumed_pretraining_equals_uninterrupted(tmp_path, monkeypatch, capsys, settings):
+    whole = PretrainConfig(output=str(tmp_path / "whole"), **TINY | settings)
+    pretrain(whole)
+    rate = train.learning_rate
+
+    def interrupt(config, step):
+        if step == 40:  # in the second pool of 32 batches; the second phase starts at 75
+            os.kill(os.getpid(), signal.SIGINT)
+        return rate(config, step)
+
+    monkeypatch.setattr(train, "learning_rate", interrupt)
+    stopped = tmp_path / "stopped"
+    assert not pretrain(PretrainConfig(output=str(stopped), **TINY | settings))
+    monkeypatch.setattr(train, "learning_rate", rate)
+    assert f"--resume {stopped}" in capsys.readouterr().out
+    assert (stopped / "checkpoint-64").is_dir() and not (stopped / "model.safetensors").exists()
+    assert pretrain(PretrainConfig(resume=str(stopped)))
+    a, b = weights(whole.output), weights(stopped)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+    def without_seconds(folder):
+        return [
+            {k: v for k, v in json.loads(line).items() if k != "seconds"}
+            for line in (Path(folder) / "metrics.jsonl").open()
+        ]
+
+    assert without_seconds(whole.output) == without_seconds(stopped)
+
+
+def test_pretraining_writes_checkpoints_that_load(tmp_path, monkeypatch):
+    seen, save = [], grpo.RunFolder.save_checkpoint
+
+    def watched(self, step, *args, **kwargs):
+        save(self, step, *args, **kwargs)
+        seen.append(step)
+        model, tokenizer = load_checkpoint(str(self.path / f"checkpoint-{step}"), modelsize="tiny")
+        assert tokenizer("3+4")["input_ids"]
+
+    monkeypatch.setattr(grpo.RunFolder, "save_checkpoint", watched)
+    pretrain(PretrainConfig(output=str(tmp_path / "a"), **TINY | dict(save_steps=30)))
+    assert seen == [32, 64]  # between two pools; the second phase, from 75 on, starts one of its own
+
+
+def test_each_expert_receives_tokens_after_pretraining(tmp_path, tokenizer):
+    folder = tmp_path / "mixture"
+    pretrain(PretrainConfig(output=str(folder), **TINY | dict(num_experts=4, active_experts=1, balance_coef=0.05)))
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    assert 1 <= rows[-1]["balance"] < 1.5
+    model, _ = load_checkpoint(str(folder), "tiny", 4, 1)
+    ids = [tokenizer(text)["input_ids"] for text in ("<sos><big>3+4", "<sos><big>7-2", "<sos><big>5*8")]
+    rollouts = [grpo.Rollout(prompt, [6, 7, 8, 2], [0.0] * 4, False) for prompt in ids]
+    load = evaluate.expert_load(model, rollouts)
+    assert len(load) == 3 and all(sum(layer) == pytest.approx(1) for layer in load)
+    wide = [grpo.Rollout([i], [j, 2], [0.0] * 2, False) for i in range(3, 33) for j in range(3, 33)]
+    assert min(share for layer in evaluate.expert_load(model, wide) for share in layer) > 0
+
+
+def test_sizes(tokenizer):
+    counts = {size: sum(p.numel() for p in build_model(size, tokenizer).parameters()) for size in ("tiny", "small")}
+    assert counts["tiny"] < 100_000 < counts["small"] < 250_000
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        ([], "give --output"),
+        (["--output", "x", "--resume", "y"], "give --output"),
+        (["--resume", "/nowhere/base"], "/nowhere/base holds no checkpoint to go on from"),
+        (["--resume", "y", "--steps", "10"], "leave the others out"),
+        (["--output", "x", "--modelsize", "huge"], "modelsize 'huge': choose one of tiny, small, medium, large"),
+        (["--output", "x", "--num_experts", "4", "--active_experts", "5"], "active_experts is 5, it must be from 1 to"),
+        (["--output", "x", "--max_depth", "0"], "max_depth is 0, it must be 1 or more"),
+        (["--output", "x", "--operators", "+^"], "there is no operator '^'; choose from + - * / %"),
+        (["--output", "x", "--prob_scratchpad", "1.5"], "prob_scratchpad is 1.5"),
+        (["--output", "x", "--steps", "0"], "steps is 0"),
+        (["--output", "x", "--lr", "0"], "lr is 0.0"),
+        (["--output", "x", "--dropout", "1"], "hidden_dropout is 1.0"),
+    ],
+)
+def test_bad_input_of_pretraining(argv, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert said in said_at_exit(train.main, argv)
+    assert not list(tmp_path.iterdir())
+
+
+# Reinforcement learning
+
+SHORT = ["--steps", "2", "--batch_size", "4", "--max_gen_len", "40"]
+
+
+def test_train_rl_trains_evaluates_and_leaves_a_csv_and_a_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(grpo.Config, "eval_samples", 2)
+    runs, log = tmp_path / "runs", tmp_path / "log.csv"
+    argv = ["--checkpoint", PRETRAINED, "--runs", str(runs), "--log_csv", str(log), "--eval_interval", "1", "--max_depth", "1", *SHORT]
+    with pytest.raises(SystemExit) as exit_:
+        train_rl.main(argv)
+    assert exit_.value.code == 0
+    printed = capsys.readouterr().out
+    assert "Improvement: " in printed and " points, the 95 % intervals overlap" in printed
+    assert [row["step"] for row in csv.DictReader(log.open())] == ["1", "2"]
+    (run,) = runs.iterdir()
+    assert [json.loads(line)["step"] for line in (run / "eval.jsonl").open()] == [0, 1, 2]
+    load_checkpoint(str(run / "final"), "small", 1, 1)
+    # what the run was trained on is known from its folder
+    expected = dict(max_digits=1, max_depth=1, operators="+-*", max_value=99)
+    assert expected.items() <= trained_on(str(run / "final")).items()
+
+
+def test_flags_become_settings_of_grpo():
+    flags = dict(steps=7, batch_size=5, group_size=6, lr=1e-3, max_gen_len=30, kl_coef=0.2, kl_target=0.3, epochs=2)
+    flags |= dict(clip_ratio=0.1, temperature=0.9, top_k=9, grad_clip=2.0, save_interval=11, eval_interval=13, seed=3)
+    flags |= dict(max_depth=2, operators="+-", partial_credit=0.25, curriculum_steps=50, runs="r")
+    config = RLConfig(checkpoint=PRETRAINED, **flags).grpo_config()
+    problems = dict(max_digits=1, max_depth=2, operators="+-", max_value=99, partial_credit=0.25, curriculum_steps=50)
+    assert config == grpo.Config(
+        model=PRETRAINED, task="arithmetic", task_args=problems, prompts_per_step=5, group_size=6, lr=1e-3, steps=7,
+        max_completion_tokens=30, kl_coef=0.2, kl_target=0.3, epochs=2, clip_low=0.1, clip_high=0.1, temperature=0.9,
+        top_k=9, grad_clip=2.0, save_steps=11, eval_steps=13, seed=3, runs="r", tokens_per_microbatch=2048,
+    )  # fmt: skip
+
+
+def changed(path, **settings) -> str:
+    """A copy of the shipped checkpoint whose config.json says otherwise."""
+    shutil.copytree(PRETRAINED, path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | settings))
+    return str(path)
+
+
+def bad_checkpoints(tmp_path, kind: str) -> str:
+    folder = tmp_path / "checkpoint"
+    if kind == "truncated file":
+        changed(folder)
+        data = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+    elif kind == "another width":
+        changed(folder, hidden_size=48)
+    elif kind == "more layers":
+        changed(folder, num_hidden_layers=5)
+    elif kind == "experts":
+        changed(folder, num_experts=4, active_experts=5)
+    elif kind == "another vocabulary":
+        changed(folder)
+        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        vocabulary = tokenizer["model"]["vocab"]
+        vocabulary["+"], vocabulary["-"] = vocabulary["-"], vocabulary["+"]
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    elif kind == "another architecture":
+        changed(folder)
+        config = transformers.LlamaConfig(
+            vocab_size=33, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
+        )
+        transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("main", [train_rl.main, evaluate.main])
+@pytest.mark.parametrize(
+    "kind, said",
+    [
+        ("truncated file", "cannot be loaded: Error while deserializing"),
+        ("another width", "do not fit its config.json"),
+        ("more layers", "transformer.h.4.input_layernorm.bias is missing, and 11 more"),
+        ("experts", "active_experts is 5, it must be from 1 to num_experts, 4"),
+        ("another vocabulary", "has another vocabulary"),
+        ("another architecture", "is a llama model"),
+        ("missing", "cannot be loaded"),
+    ],
+)
+def test_bad_checkpoints(main, kind, said, tmp_path, monkeypatch):
+    folder = bad_checkpoints(tmp_path, kind)
+    monkeypatch.chdir(tmp_path)
+    message = said_at_exit(main, ["--checkpoint", folder])
+    assert said in message and folder in message and message.startswith("error: ") and "\n" not in message
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--modelsize", "medium"], f"modelsize is 'medium', but {PRETRAINED} has 'small'"),
+        (["--num_experts", "4"], f"num_experts is 4, but {PRETRAINED} has 1"),
+        (["--active_experts", "2"], f"active_experts is 2, but {PRETRAINED} has 1"),
+        (["--max_depth", "0"], "max_depth is 0, it must be 1 or more"),
+        (["--operators", "^"], "there is no operator '^'"),
+        (["--group_size", "1"], "group_size is 1, it must be 2 or more"),
+        (["--partial_credit", "1"], "partial_credit is 1.0"),
+        (["--kl_target", "0.1", "--kl_coef", "0"], "kl_coef must start above 0"),
+    ],
+)
+def test_bad_input_of_train_rl(argv, said, tmp_path):
+    assert said in said_at_exit(train_rl.main, ["--checkpoint", PRETRAINED, "--runs", str(tmp_path), *argv])
+    assert not list(tmp_path.iterdir())
+
+
+# Evaluation
+
+
+def test_evaluation_of_the_shipped_model(tmp_path, capsys):
+    out = tmp_path / "accuracy.json"
+    evaluate.main(["--checkpoint", PRETRAINED, "--problems", "60", "--samples", "4", "--out", str(out)])
+    printed, result = capsys.readouterr().out, json.loads(out.read_text())
+    rows = {row["problems"]: row for row in result["accuracy"]}
+    everything, row = rows["all"], result["evaluation"]
+    assert everything["n"] == row["n"] == 60
+    assert everything["greedy"] == row["accuracy"] and everything["greedy_low"] == row["accuracy_low"]
+    assert everything["sampled"] == pytest.approx(row["accuracy_sampled"])
+    assert everything["worked"] == row["accuracy_worked"] > 0.9
+    assert everything["direct"] < 0.6
+    assert sum(rows[f"depth {d}"]["n"] for d in (1, 2, 3) if f"depth {d}" in rows) == 60
+    assert set(row["pass_at_k"]) == {"1", "2", "4"}
+    for text in ("will it learn?", "pass@k", "operator *", "depth 3", "digits 1", "result an integer"):
+        assert text in printed
+
+
+def test_accuracy_by_counts_each_problem_where_it_belongs():
+    problems = [dict(expression=text, value=value) for text, value in [("3+4*2", 11), ("12/5", Fraction(12, 5))]]
+    rows = {row["problems"]: row for row in accuracy_by(problems, [dict(greedy=1.0), dict(greedy=0.0)])}
+    assert {name: (row["n"], row["greedy"]) for name, row in rows.items()} == {
+        "all": (2, 0.5), "depth 1": (1, 0.0), "depth 2": (1, 1.0), "operator *": (1, 1.0), "operator +": (1, 1.0),
+        "operator /": (1, 0.0), "digits 1": (1, 1.0), "digits 2": (1, 0.0), "result a fraction": (1, 0.0),
+        "result an integer": (1, 1.0),
+    }  # fmt: skip
+    assert (rows["all"]["greedy_low"], rows["all"]["greedy_high"]) == grpo.wilson_interval(0.5, 2)
+
+
+def test_one_expression_is_shown(capsys):
+    evaluate.main(["--checkpoint", PRETRAINED, "--expression", "(3 + 4)*5"])
+    printed = capsys.readouterr().out
+    assert "<scratchpad>3+4=7;7*5=35<answer>35" in printed and "of 100 samples" in printed
+    assert printed.splitlines()[-1].split() == ["value", "35"]
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--expression", "3+4*"], "a number, a function or ( was expected at symbol 5 of '3+4*'"),
+        (["--expression", "7"], "'7' is a number: there is nothing to work out"),
+        (["--expression", "1/0"], "'1/0' divides by zero"),
+        (["--max_depth", "0"], "max_depth is 0"),
+        (["--problems", "0"], "eval_size is 0"),
+        (["--samples", "0"], "eval_samples is 0"),
+    ],
+)
+def test_bad_input_of_evaluate(argv, said):
+    assert said in said_at_exit(evaluate.main, ["--checkpoint", PRETRAINED, *argv])
+
+
+def test_a_checkpoint_of_unknown_origin_gets_the_default_problems(tmp_path):
+    folder = changed(tmp_path / "checkpoint")
+    assert trained_on(folder)["operators"] == "+-*"
+    (Path(folder) / "pretraining.json").unlink()
+    assert trained_on(folder) == {}
+    config = EvaluationConfig(checkpoint=folder, operators="+", max_digits=2)
+    assert evaluate.problem_settings(config) == dict(operators="+", max_digits=2)
