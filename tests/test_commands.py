@@ -149,7 +149,19 @@ SHORT = ["--steps", "2", "--batch_size", "4", "--max_gen_len", "40"]
 def test_train_rl_trains_evaluates_and_leaves_a_csv_and_a_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(grpo.Config, "eval_samples", 2)
     runs, log = tmp_path / "runs", tmp_path / "log.csv"
-    argv = ["--checkpoint", PRETRAINED, "--runs", str(runs), "--log_csv", str(log), "--eval_interval", "1", "--max_depth", "1", *SHORT]
+    argv = [
+        "--checkpoint",
+        PRETRAINED,
+        "--runs",
+        str(runs),
+        "--log_csv",
+        str(log),
+        "--eval_interval",
+        "1",
+        "--max_depth",
+        "1",
+        *SHORT,
+    ]
     with pytest.raises(SystemExit) as exit_:
         train_rl.main(argv)
     assert exit_.value.code == 0
