@@ -2,8 +2,8 @@
 
     python benchmarks/rl_flags.py
 
-Every run is `python -m mathformer.train_rl --checkpoint mathformer/pretrained --steps 100 --seed S` with the flags of the
-row. Two run at a time with one thread each. Prints a table and writes it to benchmarks/results/.
+Every run is `python -m mathformer.train_rl --checkpoint mathformer/pretrained --steps 100 --seed S` with the flags of
+the row. Two run at a time with one thread each. Prints a table and writes it to benchmarks/results/.
 """
 
 import argparse
