@@ -243,8 +243,7 @@ def rewritings(symbol: str, values: list[Value]) -> list[str]:
     if symbol == "/" or (symbol == "*" and any(v.denominator > 1 for v in values)):
         (n1, d1), (n2, d2) = (v.as_integer_ratio() for v in values)
         if symbol == "/" and d2 > 1:  # divided by a fraction: multiplied by its inverse
-            sign = -1 if n2 < 0 else 1
-            n2, d2 = sign * d2, sign * n2
+            n2, d2 = d2, n2
             chain.append(applied("*", [values[0], Fraction(n2, d2)]))
             chain += reductions(n1 * n2, d1 * d2)
         elif symbol == "/":
