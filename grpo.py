@@ -233,7 +233,8 @@ CHANGEABLE_ON_RESUME |= {"tokens_per_microbatch", "gradient_checkpointing", "off
 # and, if it likes, two attributes: `prefill`, text put behind each prompt as the beginning of the answer (`text` above
 # is the prefill plus the completion), and `worked_prefix`, which makes the model show its steps in the evaluation.
 
-TASKS = {"arithmetic": "mathformer:ArithmeticTask"}
+TASKS = {"arithmetic": "mathformer:ArithmeticTask", "countdown": "tasks:Countdown"}
+TASKS |= {"gsm8k": "tasks:GSM8K", "math": "tasks:Math"}
 REWARD_KEYS = ("reward", "correct", "format", "prediction", "ground_truth")
 REFLECTION = re.compile(r"\b(wait|hmm|let me (re)?check|double[- ]check|verify|recheck|try again|re-?evaluate)\b", re.I)
 

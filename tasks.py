@@ -8,13 +8,14 @@ import ast
 import itertools
 import random
 import re
+import zlib
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
 
-def load_rows(dataset: str, split: str, columns: list[str], subset: str | None = None) -> list[dict]:
-    """All rows of a data set, as dicts.
+def load_rows(dataset: str, split: str, columns: list[str], subset: str | None = None):
+    """The rows of a data set, as a `datasets.Dataset`.
 
     Args:
         dataset: a JSON, JSON Lines or Parquet file, a folder of such files (of one split, or with the split's name in
@@ -44,7 +45,7 @@ def load_rows(dataset: str, split: str, columns: list[str], subset: str | None =
     if missing:
         found = ", ".join(rows.column_names)
         raise ValueError(f"the data set {dataset!r} has no column {', '.join(missing)}; it has {found}")
-    return list(rows)
+    return rows
 
 
 def final_part(text: str) -> str | None:
@@ -118,3 +119,280 @@ def countdown_reward(text: str, example: dict) -> dict:
         "prediction": None if answer is None else answer.strip()[:200],
         "ground_truth": example["target"],
     }
+
+
+TEMPLATES = {
+    # The form of DeepSeek-R1-zero: the answer's beginning is put into the model's mouth, so that it starts to think.
+    "r1": "Make an equation from the numbers {nums} that equals {target}. You may use + - * / and parentheses, and "
+    "each number must be used exactly once. Think first, inside <think> and </think>. Then give only the equation in "
+    "<answer> and </answer>, for example <answer>(1 + 2) / 3</answer>.",
+    # Plain text for a base model without a chat template.
+    "plain": "Numbers: {nums}. Target: {target}. Find an equation of + - * / and parentheses that uses each number "
+    "exactly once and equals the target. Think it through, and end with the equation in answer tags, for example "
+    "<answer>(1 + 2) / 3</answer>.\nSolution:",
+}
+R1_SYSTEM = "You think about a problem before you answer it."
+R1_PREFILL = "Let me solve this step by step.\n<think>"
+
+
+class Countdown:
+    """Make an equation from given numbers that equals a target.
+
+    Args:
+        dataset: rows with `nums` and `target`: a name on the Hub, a local folder or file, or `synthetic` for problems
+            of our own of the same kind, without a download.
+        prompt_template: `r1` (chat messages, and the answer begins with a prefilled `<think>`), `plain` (text), or text
+            of your own or a file of it, with {nums} and {target}.
+        equation_weight, format_weight: what a right equation and the right form are paid; a weight of 0 makes the part
+            a metric only.
+        format_gates: pay for the equation only in an answer of the right form.
+        eval_size: problems held out, drawn with seed 42 from a data set of one split.
+    """
+
+    def __init__(
+        self,
+        dataset: str = "Jiayi-Pan/Countdown-Tasks-3to4",
+        prompt_template: str = "r1",
+        equation_weight: float = 1.0,
+        format_weight: float = 1.0,
+        format_gates: bool = False,
+        eval_size: int = 500,
+    ):
+        self.equation_weight, self.format_weight, self.format_gates = equation_weight, format_weight, format_gates
+        self.is_chat = prompt_template == "r1"
+        self.prefill = R1_PREFILL if self.is_chat else ""
+        self.template = read_template(prompt_template, TEMPLATES, ("{nums}", "{target}"))
+        if eval_size < 1:
+            raise ValueError(f"eval_size is {eval_size}, it must be 1 or more")
+        if dataset == "synthetic":
+            self.rows, rng = None, random.Random(42)
+            self.held_out = [countdown_problem(rng, for_eval=True) for _ in range(eval_size)]
+            return
+        rows = load_rows(dataset, "train", ["nums", "target"])
+        if len(rows) <= eval_size:
+            raise ValueError(f"{dataset!r} has {len(rows)} rows, too few to hold out eval_size = {eval_size}")
+        parts = rows.train_test_split(test_size=eval_size, seed=42)
+        self.rows, self.held_out = parts["train"], list(parts["test"])
+
+    def train(self, rng: random.Random, step: int) -> dict:
+        return self.rows[rng.randrange(len(self.rows))] if self.rows else countdown_problem(rng, for_eval=False)
+
+    def eval(self) -> list[dict]:
+        return self.held_out
+
+    def prompt(self, example: dict) -> str | list[dict]:
+        text = self.template.replace("{nums}", str(example["nums"])).replace("{target}", str(example["target"]))
+        if not self.is_chat:
+            return text
+        return [{"role": "system", "content": R1_SYSTEM}, {"role": "user", "content": text}]
+
+    def reward(self, text: str, example: dict) -> dict:
+        parts = countdown_reward(text, example)
+        if not self.is_chat:  # without a prompt that asks for <think>, the form is one answer block
+            parts["format"] = float(answer_block(text) is not None)
+        paid = parts["correct"] if parts["format"] == 1 or not self.format_gates else 0.0
+        return parts | {"reward": self.equation_weight * paid + self.format_weight * parts["format"]}
+
+
+def read_template(name: str, known: dict[str, str], fields: tuple[str, ...]) -> str:
+    """A prompt's text: a known one by its name, a file's, or `name` itself; it must have all the fields."""
+    text = known.get(name)
+    if text is None:
+        is_file = len(name) < 1000 and Path(name).is_file()
+        text = Path(name).read_text() if is_file else name
+        missing = [field for field in fields if field not in text]
+        if missing:
+            raise ValueError(
+                f"prompt_template {name[:80]!r} has no {' and no '.join(missing)}; "
+                f"give {', '.join(known)}, or text or a file with {' and '.join(fields)}"
+            )
+    return text
+
+
+def countdown_problem(rng: random.Random, for_eval: bool) -> dict:
+    """Three or four numbers from 1 to 99 and a whole target from 10 to 100 that some equation of all of them equals.
+
+    One problem in twenty, by its numbers and target, is for the evaluation, the others are for training.
+    """
+    while True:
+        nums = [rng.randint(1, 99) for _ in range(rng.choice((3, 4)))]
+        values = [Fraction(n) for n in nums]
+        while len(values) > 1:
+            a = values.pop(rng.randrange(len(values)))
+            b = values.pop(rng.randrange(len(values)))
+            operator = rng.choice(list(OPERATORS.values()))
+            values.append(operator(a, b) if b else a)
+        target = values[0]
+        is_held_out = zlib.crc32(f"{sorted(nums)} {target}".encode()) % 20 == 0
+        if target.denominator == 1 and 10 <= target <= 100 and is_held_out == for_eval:
+            return {"nums": nums, "target": int(target)}
+
+
+# ==== GSM8K ===========================================================================================================
+
+NUMBER = r"[-+]?\$?[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,15})(?:\.[0-9]{1,15})?"
+FINAL_LINE = re.compile(rf"^[ \t]*Final:[ \t]*(?P<number>{NUMBER})[ \t]*$", re.MULTILINE)
+GSM8K_SYSTEM = (
+    "Solve the problem with brief reasoning. End with one line that has only the word Final, a colon and the number: "
+    "Final: 42"
+)
+
+
+def plain_number(text: str) -> Fraction:
+    """The value of a number as people write it: `$1,450.50`, `-$3`."""
+    return Fraction(text.replace("$", "").replace(",", "").replace("+", "").replace("--", ""))
+
+
+def gsm8k_reward(text: str, example: dict) -> dict:
+    """1 for the right number in the right form, 0.1 for the right form alone, else 0.
+
+    The form is one line `Final: <number>` at the very end, and no other such line.
+    """
+    text = text.rstrip()
+    found = list(FINAL_LINE.finditer(text))
+    well_formed = len(found) == 1 and found[0].end() == len(text) and text.count("Final:") == 1
+    prediction = plain_number(found[0]["number"]) if well_formed else None
+    correct = prediction is not None and prediction == example["target"]
+    return {
+        "reward": 1.0 if correct else 0.1 * well_formed,
+        "correct": float(correct),
+        "format": float(well_formed),
+        "prediction": found[0]["number"] if well_formed else None,
+        "ground_truth": str(example["target"]),
+    }
+
+
+class GSM8K:
+    """Grade-school word problems with a number as the answer.
+
+    Args:
+        dataset: rows with `question` and `answer`, which ends in `#### 42`: a name on the Hub, a local folder, or a
+            file (then the evaluation problems are the last `eval_size` of its rows, and training has the others).
+        train_size, eval_size: use only the first so many rows; 0 for all.
+    """
+
+    def __init__(self, dataset: str = "openai/gsm8k", train_size: int = 0, eval_size: int = 0):
+        columns = ["question", "answer"]
+        if Path(dataset).is_file():
+            rows = load_rows(dataset, "train", columns)
+            size = eval_size or max(1, len(rows) // 10)
+            if len(rows) <= size:
+                raise ValueError(f"{dataset!r} has {len(rows)} rows, too few to hold out eval_size = {size}")
+            train, test = rows.select(range(len(rows) - size)), rows.select(range(len(rows) - size, len(rows)))
+        else:
+            subset = None if Path(dataset).exists() else "main"
+            train, test = (load_rows(dataset, split, columns, subset) for split in ("train", "test"))
+        self.examples = [gsm8k_example(row) for row in itertools.islice(train, train_size or None)]
+        self.held_out = [gsm8k_example(row) for row in itertools.islice(test, eval_size or None)]
+
+    def train(self, rng: random.Random, step: int) -> dict:
+        return rng.choice(self.examples)
+
+    def eval(self) -> list[dict]:
+        return self.held_out
+
+    def prompt(self, example: dict) -> list[dict]:
+        return [{"role": "system", "content": GSM8K_SYSTEM}, {"role": "user", "content": example["question"]}]
+
+    def reward(self, text: str, example: dict) -> dict:
+        return gsm8k_reward(text, example)
+
+
+def gsm8k_example(row: dict) -> dict:
+    """Raises ValueError if the row's answer has no number behind `####`: it would be paid for nothing, or never."""
+    number = row["answer"].rpartition("####")[2].strip()
+    if not re.fullmatch(NUMBER, number):
+        raise ValueError(f"no number behind #### in the answer of {row['question'][:80]!r}: {row['answer'][-80:]!r}")
+    return {"question": row["question"], "target": plain_number(number)}
+
+
+# ==== MATH ============================================================================================================
+
+MATH_SYSTEM = (
+    "Think about the problem inside <think> and </think>. Then give the final result in LaTeX inside <answer> and "
+    "</answer>, for example <answer>$\\frac{1}{2}$</answer>."
+)
+SECONDS = 3  # for one answer: a hostile one can keep a computer algebra system busy for ever
+
+
+def math_reward(text: str, example: dict) -> dict:
+    """`correct` if math-verify finds the answer equal to the gold one; `format` for `<think>...</think><answer>...`."""
+    from math_verify import verify
+
+    answer = answer_block(text)
+    shape = re.fullmatch(r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*", text, re.DOTALL)
+    found = parse_math(answer) if answer is not None and len(answer) <= 1000 else []
+    correct = bool(found) and verify(example["gold"], found, timeout_seconds=SECONDS)
+    return {
+        "correct": float(correct),
+        "format": float(shape is not None and answer is not None),
+        "prediction": None if answer is None else answer.strip()[:200],
+        "ground_truth": example["answer"],
+    }
+
+
+def parse_math(text: str) -> list:
+    """What math-verify reads in the text; [] for nothing. Plain LaTeX without dollars is read too."""
+    from math_verify import parse
+
+    return parse(text, parsing_timeout=SECONDS) or parse(f"${text}$", parsing_timeout=SECONDS)
+
+
+class Math:
+    """Competition mathematics, judged by math-verify.
+
+    Args:
+        dataset: training rows with `problem`, `solution` (with its result in \\boxed{}) and `level`.
+        eval_dataset: evaluation rows with `problem` and `answer`; split `test`.
+        levels: those to train on, 1 to 5.
+        format_weight: what the right form is paid, beside 1 for the right answer.
+        eval_size: use only the first so many evaluation rows; 0 for all.
+    """
+
+    def __init__(
+        self,
+        dataset: str = "DigitalLearningGmbH/MATH-lighteval",
+        eval_dataset: str = "HuggingFaceH4/MATH-500",
+        levels: tuple[int, ...] | list[int] = (1, 2, 3, 4, 5),
+        format_weight: float = 0.1,
+        eval_size: int = 0,
+    ):
+        wanted = {f"Level {level}" for level in levels}
+        rows = load_rows(dataset, "train", ["problem", "solution", "level"])
+        self.rows = rows.filter(lambda level: level in wanted, input_columns="level")
+        if not len(self.rows):
+            found = ", ".join(sorted(set(rows["level"])))
+            raise ValueError(f"levels {list(levels)}: {dataset!r} has no such problem; its levels are {found}")
+        tests = load_rows(eval_dataset, "test", ["problem", "answer"])
+        self.format_weight, self.unreadable = format_weight, 0
+        examples = [self.example(row["problem"], row["answer"], f"${row['answer']}$") for row in tests]
+        self.held_out = [example for example in examples if example][: eval_size or None]
+        if not self.held_out:
+            raise ValueError(f"{eval_dataset!r} has no problem whose answer can be read")
+
+    def example(self, problem: str, answer: str, source: str) -> dict | None:
+        """None, and said once, if the gold answer cannot be read: it would be paid for nothing, or never."""
+        gold = parse_math(source)
+        if gold:
+            return {"problem": problem, "answer": answer, "gold": gold}
+        self.unreadable += 1
+        print(f"left out: the gold answer of {problem[:80]!r} cannot be read: {source[-80:]!r}")
+        return None
+
+    def train(self, rng: random.Random, step: int) -> dict:
+        for _ in range(1000):
+            row = self.rows[rng.randrange(len(self.rows))]
+            boxed = row["solution"].rpartition("\\boxed")
+            if boxed[1] and (example := self.example(row["problem"], "".join(boxed[1:])[:200], row["solution"])):
+                return example
+        raise ValueError("no training problem has a gold answer that can be read")
+
+    def eval(self) -> list[dict]:
+        return self.held_out
+
+    def prompt(self, example: dict) -> list[dict]:
+        return [{"role": "system", "content": MATH_SYSTEM}, {"role": "user", "content": example["problem"]}]
+
+    def reward(self, text: str, example: dict) -> dict:
+        parts = math_reward(text, example)
+        return parts | {"reward": parts["correct"] + self.format_weight * parts["format"]}

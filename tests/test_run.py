@@ -419,3 +419,55 @@ def test_resume_without_a_checkpoint(run, pays_length):
 def test_terminal_text_cannot_move_the_cursor():
     assert grpo.printable("a\x1b[2Jb\nc\r") == "a\\x1b[2Jb\\nc\\r"
     assert len(grpo.printable("x" * 1000)) < 200
+
+
+def byte_tokenizer():
+    """One token a byte, with a chat template: enough of a tokenizer for any text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(["<eos>", "<pad>", *alphabet])}, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def qwen3_folder(tmp_path_factory):
+    """A Qwen3 of random weights, as a folder that looks like one from the Hub."""
+    folder, tokenizer = tmp_path_factory.mktemp("qwen3"), byte_tokenizer()
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=2048, eos_token_id=0,
+    )  # fmt: skip
+    transformers.Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("recipe", ["countdown-workshop", "countdown-3b"])
+def test_countdown_recipes_run_on_a_tiny_local_model(recipe, qwen3_folder, tmp_path):
+    argv = ["--config", f"configs/{recipe}.yaml", "--model", qwen3_folder, "--task_args.dataset", "synthetic"]
+    argv += ["--task_args.eval_size", "4", "--steps", "2", "--eval_samples", "2", "--runs", str(tmp_path)]
+    argv += ["--prompts_per_step", "2", "--max_prompt_tokens", "700", "--max_completion_tokens", "12"]
+    summary = grpo.train(grpo.parse_config(argv))
+    assert [row["step"] for row in rows(summary["run"], "metrics.jsonl")] == [1, 2]
+    assert {row["step"] for row in rows(summary["run"], "eval.jsonl")} == {0, 2}
+    rollout = rows(summary["run"], "rollouts.jsonl")[0]
+    if recipe == "countdown-3b":
+        assert rollout["prompt"].startswith("system: ") and rollout["prompt"].endswith("<think>")
+        assert rollout["completion"].startswith("Let me solve this step by step.\n<think>")
+    else:
+        assert rollout["prompt"].startswith("Numbers: [")
+    grpo.load_model(str(summary["run"] / "final"))
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_a_valid_config(path):
+    config = grpo.parse_config(["--config", str(path)])
+    assert config.model and config.task in grpo.TASKS and config.about
