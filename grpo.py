@@ -213,9 +213,8 @@ class Config:
 
 LOWEST = dict(group_size=2, prompts_per_step=1, max_prompt_tokens=1, max_completion_tokens=1, sample_rows=1, epochs=1)
 LOWEST |= dict(minibatches=1, tokens_per_microbatch=1, eval_samples=1, save_steps=1, keep_last=1, steps=0, top_k=0)
-LOWEST |= dict(
-    kl_coef=0, kl_target=0, clip_low=0, clip_high=0, warmup_steps=0, weight_decay=0, eval_steps=0, print_steps=0
-)
+LOWEST |= dict(kl_coef=0, kl_target=0, clip_low=0, clip_high=0, warmup_steps=0, weight_decay=0, eval_steps=0)
+LOWEST |= dict(print_steps=0)
 CHANGEABLE_ON_RESUME = {"steps", "eval_steps", "save_steps", "keep_last", "print_steps", "about", "runs", "resume"}
 CHANGEABLE_ON_RESUME |= {"tokens_per_microbatch", "gradient_checkpointing", "offload_reference"}  # what memory needs
 
