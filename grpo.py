@@ -45,6 +45,7 @@ from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
@@ -95,6 +96,10 @@ class Config:
     """a sentence about this recipe, printed at the start"""
 
     # Sampling
+    sampler: Literal["auto", "vllm", "torch"] = "auto"
+    """what writes the completions: vllm, fast, or torch, anywhere; auto is vllm on a CUDA GPU if it is installed"""
+    kv_cache_gb: float = 0.0
+    """memory for vLLM's key-value cache; 0 is what a step's completions need, at most half of what is free"""
     prompts_per_step: int = 32
     """P, the prompts of a step"""
     group_size: int = 8
@@ -214,7 +219,7 @@ class Config:
 LOWEST = dict(group_size=2, prompts_per_step=1, max_prompt_tokens=1, max_completion_tokens=1, sample_rows=1, epochs=1)
 LOWEST |= dict(minibatches=1, tokens_per_microbatch=1, eval_samples=1, save_steps=1, keep_last=1, steps=0, top_k=0)
 LOWEST |= dict(kl_coef=0, kl_target=0, clip_low=0, clip_high=0, warmup_steps=0, weight_decay=0, eval_steps=0)
-LOWEST |= dict(print_steps=0)
+LOWEST |= dict(print_steps=0, kv_cache_gb=0)
 CHANGEABLE_ON_RESUME = {"steps", "eval_steps", "save_steps", "keep_last", "print_steps", "about", "runs", "resume"}
 CHANGEABLE_ON_RESUME |= {"tokens_per_microbatch", "gradient_checkpointing", "offload_reference"}  # what memory needs
 
@@ -455,6 +460,128 @@ class TorchSampler:
             ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
         )
         return output_logits(self.model, out.last_hidden_state[:, -1]), out.past_key_values
+
+
+class VLLMSampler:
+    """Samples with vLLM, in this process. It has weights of its own, which `sync` replaces after each update."""
+
+    def __init__(self, folder: str, model: nn.Module, eos_ids: list[int], config: Config, bf16: bool):
+        # In this process: weights are then handed over by reference. Before the import, which reads it.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        try:
+            import vllm
+        except ImportError as error:
+            raise UsageError(
+                "sampler is vllm, but vLLM cannot be imported: pip install -r requirements-gpu.txt, or --sampler torch "
+                f"({error})"
+            ) from error
+        if model.config.model_type == "mathformer":
+            import_module("mathformer").register_with_vllm()
+        self.model, self.eos, self.params = model, eos_ids, vllm.SamplingParams
+        self.on_cpu = not torch.cuda.is_available()
+        longest = config.max_prompt_tokens + config.max_completion_tokens + 32  # the evaluation may add a prefix
+        rows = config.prompts_per_step * config.group_size
+        self.llm = vllm.LLM(
+            folder,
+            dtype="bfloat16" if bf16 else "float32",
+            hf_overrides={"head_dtype": "float32"},  # logits in float32, as the trainer's are
+            max_model_len=min(longest, getattr(model.config, "max_position_embeddings", longest)),
+            kv_cache_memory_bytes=int(1e9 * config.kv_cache_gb) or kv_cache_bytes(model, rows * longest, bf16),
+            gpu_memory_utilization=0.05,  # only checked against: the line above says what is taken
+            logprobs_mode="processed_logprobs",  # of the distribution that is sampled from, temperature included
+            generation_config="vllm",  # and not sampling settings that a model brings along
+            skip_tokenizer_init=True,  # token ids in, token ids out
+            enforce_eager=self.on_cpu,
+            seed=config.seed,
+        )
+
+    def generate(self, prompts: list[list[int]], group_size: int, sampling: Sampling, seed: int) -> list[Rollout]:
+        """As `TorchSampler.generate`. Every request has a seed of its own, so that a resumed run samples the same."""
+        params = [
+            self.params(
+                n=group_size, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
+                max_tokens=sampling.max_tokens, logprobs=0, flat_logprobs=True, detokenize=False,
+                stop_token_ids=self.eos, seed=random.Random(f"{seed}/{i}").getrandbits(48),
+            )
+            for i in range(len(prompts))
+        ]  # fmt: skip
+        requests = [{"prompt_token_ids": ids} for ids in prompts]
+        return [
+            Rollout(ids, list(c.token_ids), list(c.logprobs.logprobs), c.finish_reason == "length")
+            for ids, output in zip(prompts, self.llm.generate(requests, params, use_tqdm=False), strict=True)
+            for c in output.outputs
+        ]
+
+    def sync(self) -> None:
+        """Gives vLLM the trainer's weights, and makes it forget what it has cached of prompts under the old ones."""
+        weights = iter(self.model.named_parameters())
+        self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=weights))
+        if self.on_cpu and self.model.config.tie_word_embeddings:
+            # vLLM's CPU build keeps the head in a packed copy, which the reload leaves as it was
+            self.llm.apply_model(lambda m: m.lm_head.quant_method.process_weights_after_loading(m.lm_head))
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset its prefix cache: it would answer with keys of the old weights")
+
+
+def kv_cache_bytes(model: nn.Module, tokens: int, bf16: bool) -> int:
+    """Bytes of the keys and values of so many tokens, at least 0.1 GB, at most half of the memory that is free."""
+    c = model.config.get_text_config()
+    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+    width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    needed = tokens * 2 * c.num_hidden_layers * heads * width * (2 if bf16 else 4)
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 8e9
+    return int(min(max(1.2 * needed, 1e8), free / 2))
+
+
+@torch.no_grad()
+def check_sampler(
+    sampler: VLLMSampler, policy: nn.Module, prompts: list[list[int]], accelerator, config: Config
+) -> None:
+    """Proves that new weights reach vLLM, before the run depends on it.
+
+    Every weight is changed until the log-probs visibly are; then the sampler must follow; then the true weights go
+    back, and it must follow again. A sync that does nothing, forgets a layer or keeps a prefix cache does not pass.
+
+    Raises:
+        UsageError: it does not follow.
+    """
+    # as long as they may be: a prefix cache works on whole blocks of tokens
+    prompts = [(ids * config.max_prompt_tokens)[: config.max_prompt_tokens] for ids in prompts[:4]]
+    sampling = Sampling(min(16, config.max_completion_tokens), config.temperature)
+    policy.eval()
+
+    def gap(rollouts: list[Rollout]) -> float:
+        with accelerator.autocast():
+            logps, _ = policy(**policy_inputs(rollouts, accelerator.device))
+        sampled = pad([r.logps for r in rollouts], accelerator.device)
+        mask = completion_mask(torch.tensor([r.length for r in rollouts], device=accelerator.device))
+        return (logps - sampled)[mask].abs().mean().item()
+
+    def require_equal(when: str) -> list[Rollout]:
+        rollouts = sampler.generate(prompts, 2, sampling, config.seed)
+        if (found := gap(rollouts)) > 0.05:
+            raise UsageError(
+                f"{when}, vLLM's log-probs differ from the trainer's by {found:.3f} on average: it does not sample "
+                "from the policy that is trained. Use --sampler torch, and check that the versions in "
+                "requirements-gpu.txt are installed"
+            )
+        return rollouts
+
+    before = require_equal("at the start")
+    true = [p.detach().to("cpu", copy=True) for p in policy.parameters()]
+    generator = torch.Generator().manual_seed(config.seed)
+    scale = 0.05
+    while gap(before) < 0.5 and scale < 10:
+        for p, value in zip(policy.parameters(), true, strict=True):
+            p.copy_(value + scale * value.abs().mean() * torch.randn(value.shape, generator=generator))
+        scale *= 2
+    sampler.sync()
+    require_equal("after the weights were changed")
+    for p, value in zip(policy.parameters(), true, strict=True):
+        p.copy_(value)
+    sampler.sync()
+    require_equal("after the weights were set back")
 
 
 # ==== 4. Rollouts and advantages ======================================================================================
@@ -1193,10 +1320,15 @@ def show_group(rollouts: list[Rollout], tokenizer, config: Config) -> None:
 # ==== 9. train() and main() ===========================================================================================
 
 
+def local_name(name: str) -> str:
+    """A model's folder that comes with this file is found from anywhere."""
+    return str(HERE / name) if not Path(name).exists() and (HERE / name).exists() else name
+
+
 def load_model(name: str):
     """The causal language model in float32, without dropout, and its tokenizer; from a folder or the Hub."""
     transformers.utils.logging.disable_progress_bar()  # of loading and saving: they would break up our own
-    name = str(HERE / name) if not Path(name).exists() and (HERE / name).exists() else name
+    name = local_name(name)
     if not Path(name).exists():
         print(f"there is no folder {name} here: looking for it on the Hugging Face Hub")
     config_file = Path(name) / "config.json"
@@ -1308,6 +1440,20 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
+def make_sampler(folder: "RunFolder | None", model, eos, policy, problems, accelerator, config: Config):
+    """The sampler that the config asks for; vLLM's is tested."""
+    kind = config.sampler
+    if kind == "auto":
+        kind = "vllm" if accelerator.device.type == "cuda" and find_spec("vllm") else "torch"
+    if kind == "torch":
+        return TorchSampler(model, eos, config.sample_rows, accelerator.autocast)
+    name = str(folder.checkpoints()[-1]) if folder else local_name(config.model)
+    sampler = VLLMSampler(name, model, eos, config, accelerator.mixed_precision == "bf16")
+    sampler.sync()
+    check_sampler(sampler, policy, [problem.ids for problem in problems], accelerator, config)
+    return sampler
+
+
 def setup(config: Config):
     """Everything that a run needs, checked before any long work and before a folder is made."""
     task, accelerator = load_task(config.task, config.task_args), make_accelerator(config)
@@ -1326,7 +1472,7 @@ def setup(config: Config):
     policy = Policy(model, config.temperature)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     policy, optimizer = accelerator.prepare(policy, optimizer)
-    sampler = TorchSampler(model, eos, config.sample_rows, accelerator.autocast)
+    sampler = make_sampler(folder, model, eos, policy, problems, accelerator, config)
     reference = None
     if config.kl_coef > 0:
         reference = Policy(load_model(config.model)[0], config.temperature).requires_grad_(False)
