@@ -462,6 +462,9 @@ class TorchSampler:
         return output_logits(self.model, out.last_hidden_state[:, -1]), out.past_key_values
 
 
+MAX_LOGP_GAP = 0.05  # mean difference in log-prob of sampler and trainer: rounding is below 0.02, also in bf16
+
+
 class VLLMSampler:
     """Samples with vLLM, in this process. It has weights of its own, which `sync` replaces after each update."""
 
@@ -482,8 +485,7 @@ class VLLMSampler:
         self.on_cpu = not torch.cuda.is_available()
         longest = config.max_prompt_tokens + config.max_completion_tokens + 32  # the evaluation may add a prefix
         rows = config.prompts_per_step * config.group_size
-        self.llm = vllm.LLM(
-            folder,
+        settings = dict(
             dtype="bfloat16" if bf16 else "float32",
             hf_overrides={"head_dtype": "float32"},  # logits in float32, as the trainer's are
             max_model_len=min(longest, getattr(model.config, "max_position_embeddings", longest)),
@@ -495,6 +497,11 @@ class VLLMSampler:
             enforce_eager=self.on_cpu,
             seed=config.seed,
         )
+        try:
+            self.llm = vllm.LLM(folder, **settings)
+        except Exception as error:  # of many kinds: memory, architecture, a GPU that is not there
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UsageError(f"vLLM cannot run {folder}: {reason} (--sampler torch runs anywhere, slower)") from error
 
     def generate(self, prompts: list[list[int]], group_size: int, sampling: Sampling, seed: int) -> list[Rollout]:
         """As `TorchSampler.generate`. Every request has a seed of its own, so that a resumed run samples the same."""
@@ -560,7 +567,7 @@ def check_sampler(
 
     def require_equal(when: str) -> list[Rollout]:
         rollouts = sampler.generate(prompts, 2, sampling, config.seed)
-        if (found := gap(rollouts)) > 0.05:
+        if (found := gap(rollouts)) > MAX_LOGP_GAP:
             raise UsageError(
                 f"{when}, vLLM's log-probs differ from the trainer's by {found:.3f} on average: it does not sample "
                 "from the policy that is trained. Use --sampler torch, and check that the versions in "
@@ -1200,7 +1207,8 @@ class RunFolder:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         states = optimizer.state_dict()["state"]
-        save_file({f"{i}.{k}": v for i, s in states.items() for k, v in s.items()}, partial / "optimizer.safetensors")
+        # a safetensors file, but not by its name: vLLM would take it for weights of the model
+        save_file({f"{i}.{k}": v for i, s in states.items() for k, v in s.items()}, partial / "optimizer.state")
         sizes = {log.name: log.stat().st_size for name in self.LOGS if (log := self.path / name).exists()}
         (partial / "state.json").write_text(json.dumps({"step": step, **state, "log_sizes": sizes}))
         partial.rename(whole)
@@ -1224,7 +1232,7 @@ class RunFolder:
         saved, state = json.loads((newest / "state.json").read_text()), optimizer.state_dict()
         if steps < saved["step"]:
             raise UsageError(f"{newest} is past step {steps} already: ask for more --steps")
-        for name, value in load_file(newest / "optimizer.safetensors").items():
+        for name, value in load_file(newest / "optimizer.state").items():
             index, key = name.split(".")
             state["state"].setdefault(int(index), {})[key] = value
         optimizer.load_state_dict(state)
@@ -1552,6 +1560,9 @@ def train(config: Config) -> dict[str, Any]:
             folder.log_step(row, rollouts)
             bar.update()
             bar.set_postfix({key: f"{row[key]:.2f}" for key in ("reward", "length", "zero_advantage_groups")})
+            if (row["sampler_logp_gap"] or 0) > MAX_LOGP_GAP:
+                gap = f"{row['sampler_logp_gap']:.3f}"
+                tqdm.write(f"step {step}: the sampler's log-probs differ from the trainer's by {gap} on average")
             if config.print_steps and (step == 1 or step % config.print_steps == 0):
                 show_rollouts(step, rollouts)
             if step % config.save_steps == 0 or step == config.steps:
