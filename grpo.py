@@ -360,8 +360,8 @@ class GrowingLayer(DynamicLayer):
         for name, states in (("keys", key_states), ("values", value_states)):
             held = getattr(self, name)
             used, end = held.shape[2], held.shape[2] + states.shape[2]
-            if end > self.room[name].shape[2]:  # half as much again each time: copied a few times, never twice as large
-                self.room[name] = held.new_empty(*held.shape[:2], end + max(32, end // 2), held.shape[3])
+            if end > self.room[name].shape[2]:  # a quarter more each time: copied now and then, and little is unused
+                self.room[name] = held.new_empty(*held.shape[:2], end + max(4, end // 4), held.shape[3])
                 self.room[name][:, :, :used] = held
             self.room[name][:, :, used:end] = states
             setattr(self, name, self.room[name][:, :, :end])

@@ -8,6 +8,7 @@ A problem is `<sos><big>(3+4)*5`. The model goes on in one of two ways, and whic
 With `<little>` for `<big>`, all numbers have their last digit first, in the problem and in the answer: `<answer>53`.
 """
 
+import functools
 import math
 import random
 import re
@@ -175,11 +176,12 @@ def left_side(step: str) -> str:
     return step.partition("=")[0].replace(" ", "")
 
 
+@functools.lru_cache(10_000)  # small equations come again and again
 def is_true_equation(step: str) -> bool:
     """Whether a step such as `3+4=7` holds; `7=7` and `3+4=3+4` are no steps. Never raises."""
     left, _, right = step.partition("=")
     try:
-        tree = parse(left)
-        return not isinstance(tree, int) and tree != parse(right) and evaluate(tree) == evaluate(parse(right))
+        one, other = parse(left), parse(right)
+        return not isinstance(one, int) and one != other and evaluate(one) == evaluate(other)
     except (ValueError, ZeroDivisionError):
         return False
