@@ -72,6 +72,8 @@ def test_stopped_and_resumed_pretraining_equals_uninterrupted(tmp_path, monkeypa
     monkeypatch.setattr(train, "learning_rate", rate)
     assert f"--resume {stopped}" in capsys.readouterr().out
     assert (stopped / "checkpoint-64").is_dir() and not (stopped / "model.safetensors").exists()
+    state = json.loads((stopped / "checkpoint-64" / "state.json").read_text())
+    assert state["answers"] == 64 * 32 and 0 <= state["right"] <= state["answers"] and state["seconds"] > 0
     assert pretrain(PretrainConfig(resume=str(stopped)))
     a, b = weights(whole.output), weights(stopped)
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

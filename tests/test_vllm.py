@@ -137,3 +137,31 @@ def test_a_run_with_vllm_repeats_resumes_and_agrees_with_its_trainer(config, mon
         str(whole["run"] / "final"), grpo.load_model(str(whole["run"] / "final"))[0], [2], config, False
     )
     assert largest_gap(final.model, final.generate(PROMPTS, 4, grpo.Sampling(8), seed=0)) < 1e-3
+
+
+class StartsWithSeven:
+    """Pays for completions whose first token is a 7: a random model finds that out in a few steps."""
+
+    def train(self, rng, step):
+        return {"prompt": rng.choice("123456789") + "+"}
+
+    def eval(self):
+        return [{"prompt": digit + "+"} for digit in "123456789"]
+
+    def prompt(self, example):
+        return example["prompt"]
+
+    def reward(self, text, example):
+        right = float(text.startswith("7"))
+        return dict(reward=right, correct=right, format=1.0, prediction=text[:1], ground_truth="7")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("folder", ["qwen2"], indirect=True)
+def test_reward_rises_in_a_run_with_vllm(config, precision, monkeypatch):
+    monkeypatch.setattr(grpo, "load_task", lambda name, args: StartsWithSeven())
+    settings = dict(prompts_per_step=8, group_size=8, lr=3e-3, steps=20, eval_steps=0, eval_samples=4)
+    result = grpo.train(replace(config, **settings, max_completion_tokens=4, precision=precision, temperature=2.0))
+    rows = [json.loads(line) for line in (result["run"] / "metrics.jsonl").read_text().splitlines()]
+    assert sum(row["reward"] for row in rows[-5:]) > sum(row["reward"] for row in rows[:5]) + 1
+    assert max(row["sampler_logp_gap"] for row in rows) < (1e-3 if precision == "fp32" else 0.05)
