@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from accelerate.state import AcceleratorState
 
 if not os.environ.get("REQUIRE_VLLM"):
     pytest.importorskip("vllm")
@@ -160,8 +161,10 @@ class StartsWithSeven:
 @pytest.mark.parametrize("folder", ["qwen2"], indirect=True)
 def test_reward_rises_in_a_run_with_vllm(config, precision, monkeypatch):
     monkeypatch.setattr(grpo, "load_task", lambda name, args: StartsWithSeven())
+    AcceleratorState._reset_state(reset_partial_state=True)  # one process has one precision
     settings = dict(prompts_per_step=8, group_size=8, lr=3e-3, steps=20, eval_steps=0, eval_samples=4)
     result = grpo.train(replace(config, **settings, max_completion_tokens=4, precision=precision, temperature=2.0))
     rows = [json.loads(line) for line in (result["run"] / "metrics.jsonl").read_text().splitlines()]
     assert sum(row["reward"] for row in rows[-5:]) > sum(row["reward"] for row in rows[:5]) + 1
+    AcceleratorState._reset_state(reset_partial_state=True)
     assert max(row["sampler_logp_gap"] for row in rows) < (1e-3 if precision == "fp32" else 0.05)
