@@ -83,7 +83,7 @@ class Config:
     model: str = ""
     """Hugging Face model: a folder, or a name on the Hub"""
     task: str = ""
-    """a built-in task (arithmetic), module:Class, or path/to/file.py:Class"""
+    """a built-in task (arithmetic, countdown, gsm8k, math), module:Class, or path/to/file.py:Class"""
     task_args: dict[str, Any] = field(default_factory=dict)
     """arguments of the task, for example --task_args.max_depth 2"""
     seed: int = 0
@@ -1340,9 +1340,9 @@ def load_model(name: str):
     if not Path(name).exists():
         print(f"there is no folder {name} here: looking for it on the Hugging Face Hub")
     config_file = Path(name) / "config.json"
-    if config_file.is_file() and json.loads(config_file.read_text()).get("model_type") == "mathformer":
-        import_module("mathformer")  # registers the architecture
     try:
+        if config_file.is_file() and json.loads(config_file.read_text()).get("model_type") == "mathformer":
+            import_module("mathformer")  # registers the architecture
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         # Float32 weights: at a learning rate of 1e-6 most updates are smaller than bf16 can represent.
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
@@ -1452,7 +1452,9 @@ def make_sampler(folder: "RunFolder | None", model, eos, policy, problems, accel
     """The sampler that the config asks for; vLLM's is tested."""
     kind = config.sampler
     if kind == "auto":
-        kind = "vllm" if accelerator.device.type == "cuda" and find_spec("vllm") else "torch"
+        # the small model is as fast with torch, and may have experts, which vLLM's BLOOM has not
+        can = accelerator.device.type == "cuda" and find_spec("vllm") and model.config.model_type != "mathformer"
+        kind = "vllm" if can else "torch"
     if kind == "torch":
         return TorchSampler(model, eos, config.sample_rows, accelerator.autocast)
     name = str(folder.checkpoints()[-1]) if folder else local_name(config.model)

@@ -38,7 +38,7 @@ def load_rows(dataset: str, split: str, columns: list[str], subset: str | None =
             rows = datasets.load_dataset(dataset, subset, split=split)
     except Exception as error:  # of many kinds: network, file system, format
         raise ValueError(
-            f"the data set {dataset!r} (split {split}) cannot be loaded: {str(error).splitlines()[0]} "
+            f"the data set {dataset!r} (split {split}) cannot be loaded: {(str(error) or repr(error)).splitlines()[0]} "
             "Give a name on the Hugging Face Hub, or a local folder or JSON or Parquet file"
         ) from error
     missing = [column for column in columns if column not in rows.column_names]
@@ -65,6 +65,18 @@ def answer_block(text: str) -> str | None:
     return match[1] if match else None
 
 
+def is_think_then_answer(text: str) -> bool:
+    """Whether the text ends in one `<think>...</think>` and, but for white space, one `<answer>...</answer>` behind it.
+
+    By counting and cutting, in linear time: a pattern with several `.*` could be kept busy for minutes.
+    """
+    tags = [text.count(tag) for tag in ("<think>", "</think>", "<answer>", "</answer>")]
+    before, _, after = text.partition("</think>")
+    inside = after.strip()
+    is_whole = inside.startswith("<answer>") and inside.endswith("</answer>")
+    return tags[:2] == [1, 1] and "<think>" in before and is_whole and answer_block(text) is not None
+
+
 # ==== Countdown =======================================================================================================
 
 EQUATION = re.compile(r"[0-9+\-*/() \t\n]{1,200}")  # ASCII digits, and nothing of Python but arithmetic
@@ -86,7 +98,7 @@ def equation_value(text: str) -> tuple[Fraction, list[int]] | None:
     used: list[int] = []
 
     def value(node: ast.AST) -> Fraction:
-        if isinstance(node, ast.Constant) and type(node.value) is int:
+        if isinstance(node, ast.Constant):
             used.append(node.value)
             return Fraction(node.value)
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
@@ -108,14 +120,12 @@ def countdown_reward(text: str, example: dict) -> dict:
     has the target's value. The form is `<think>...</think>` and `<answer>...</answer>` with nothing else behind it,
     worth 1; 0.5 if the answer has characters that belong in no equation.
     """
-    shape = re.fullmatch(r".*?<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", text, re.DOTALL)
     answer = answer_block(text)
     found = equation_value(answer) if answer is not None else None
     right = found is not None and found[0] == example["target"] and Counter(found[1]) == Counter(example["nums"])
-    well_formed = shape is not None and answer is not None
     return {
         "correct": float(right),
-        "format": (1.0 if EQUATION.fullmatch(answer) else 0.5) if well_formed else 0.0,
+        "format": (1.0 if EQUATION.fullmatch(answer) else 0.5) if is_think_then_answer(text) else 0.0,
         "prediction": None if answer is None else answer.strip()[:200],
         "ground_truth": example["target"],
     }
@@ -171,8 +181,17 @@ class Countdown:
         rows = load_rows(dataset, "train", ["nums", "target"])
         if len(rows) <= eval_size:
             raise ValueError(f"{dataset!r} has {len(rows)} rows, too few to hold out eval_size = {eval_size}")
+        if not all(type(n) is int for n in [*rows[0]["nums"], rows[0]["target"]]):
+            raise ValueError(f"{dataset!r}: nums and target must be whole numbers, and the first row is {rows[0]}")
         parts = rows.train_test_split(test_size=eval_size, seed=42)
-        self.rows, self.held_out = parts["train"], list(parts["test"])
+        self.held_out = list(parts["test"])
+        # the same problem may be there twice, with its numbers in another order: it is then for the evaluation alone
+        taken = {(*sorted(row["nums"]), row["target"]) for row in self.held_out}
+        problems = zip(parts["train"]["nums"], parts["train"]["target"], strict=True)
+        kept = [i for i, (nums, target) in enumerate(problems) if (*sorted(nums), target) not in taken]
+        if not kept:
+            raise ValueError(f"{dataset!r} has no problem that is not in its evaluation")
+        self.rows = parts["train"].select(kept)
 
     def train(self, rng: random.Random, step: int) -> dict:
         return self.rows[rng.randrange(len(self.rows))] if self.rows else countdown_problem(rng, for_eval=False)
@@ -250,7 +269,7 @@ def gsm8k_reward(text: str, example: dict) -> dict:
     """
     text = text.rstrip()
     found = list(FINAL_LINE.finditer(text))
-    well_formed = len(found) == 1 and found[0].end() == len(text) and text.count("Final:") == 1
+    well_formed = len(found) == 1 and found[0].end() == len(text)
     prediction = plain_number(found[0]["number"]) if well_formed else None
     correct = prediction is not None and prediction == example["target"]
     return {
@@ -266,12 +285,15 @@ class GSM8K:
     """Grade-school word problems with a number as the answer.
 
     Args:
-        dataset: rows with `question` and `answer`, which ends in `#### 42`: a name on the Hub, a local folder, or a
-            file (then the evaluation problems are the last `eval_size` of its rows, and training has the others).
-        train_size, eval_size: use only the first so many rows; 0 for all.
+        dataset: rows with `question` and `answer`, which ends in `#### 42`: a name on the Hub, a local folder with the
+            splits train and test, or a file, of which the last `eval_size` rows (one in ten, if that is 0) are for the
+            evaluation and the others for training.
+        train_size, eval_size: use only the first so many rows of a split; 0 for all.
     """
 
     def __init__(self, dataset: str = "openai/gsm8k", train_size: int = 0, eval_size: int = 0):
+        if min(train_size, eval_size) < 0:
+            raise ValueError(f"train_size is {train_size} and eval_size {eval_size}, they must be 0 (for all) or more")
         columns = ["question", "answer"]
         if Path(dataset).is_file():
             rows = load_rows(dataset, "train", columns)
@@ -280,7 +302,7 @@ class GSM8K:
                 raise ValueError(f"{dataset!r} has {len(rows)} rows, too few to hold out eval_size = {size}")
             train, test = rows.select(range(len(rows) - size)), rows.select(range(len(rows) - size, len(rows)))
         else:
-            subset = None if Path(dataset).exists() else "main"
+            subset = "main" if dataset == "openai/gsm8k" and not Path(dataset).exists() else None
             train, test = (load_rows(dataset, split, columns, subset) for split in ("train", "test"))
         self.examples = [gsm8k_example(row) for row in itertools.islice(train, train_size or None)]
         self.held_out = [gsm8k_example(row) for row in itertools.islice(test, eval_size or None)]
@@ -312,7 +334,7 @@ MATH_SYSTEM = (
     "Think about the problem inside <think> and </think>. Then give the final result in LaTeX inside <answer> and "
     "</answer>, for example <answer>$\\frac{1}{2}$</answer>."
 )
-SECONDS = 3  # for one answer: a hostile one can keep a computer algebra system busy for ever
+SECONDS = 3  # for each reading and comparison: a hostile answer can keep a computer algebra system busy for ever
 
 
 def math_reward(text: str, example: dict) -> dict:
@@ -320,22 +342,37 @@ def math_reward(text: str, example: dict) -> dict:
     from math_verify import verify
 
     answer = answer_block(text)
-    shape = re.fullmatch(r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*", text, re.DOTALL)
     found = parse_math(answer) if answer is not None and len(answer) <= 1000 else []
     correct = bool(found) and verify(example["gold"], found, timeout_seconds=SECONDS)
     return {
         "correct": float(correct),
-        "format": float(shape is not None and answer is not None),
+        "format": float(text.lstrip().startswith("<think>") and is_think_then_answer(text)),
         "prediction": None if answer is None else answer.strip()[:200],
         "ground_truth": example["answer"],
     }
 
 
 def parse_math(text: str) -> list:
-    """What math-verify reads in the text; [] for nothing. Plain LaTeX without dollars is read too."""
+    """What math-verify reads in the text; [] for nothing.
+
+    LaTeX without dollars is read as LaTeX: as plain text, math-verify would take one number out of `2\\sqrt{3}`.
+    """
     from math_verify import parse
 
-    return parse(text, parsing_timeout=SECONDS) or parse(f"${text}$", parsing_timeout=SECONDS)
+    if re.search(r"(?<!\\)\$|\\boxed|\\\(|\\\[", text):
+        return parse(text, parsing_timeout=SECONDS)
+    return parse(f"${text}$", parsing_timeout=SECONDS) or parse(text, parsing_timeout=SECONDS)
+
+
+def last_boxed(text: str) -> str | None:
+    """The last `\\boxed{...}` with its braces balanced, whole; None if there is none."""
+    start = text.rfind("\\boxed{")
+    depth = 0
+    for i in range(start + len("\\boxed"), len(text)) if start >= 0 else ():
+        depth += {"{": 1, "}": -1}.get(text[i], 0)
+        if depth == 0:
+            return text[start : i + 1]
+    return None
 
 
 class Math:
@@ -357,6 +394,8 @@ class Math:
         format_weight: float = 0.1,
         eval_size: int = 0,
     ):
+        if eval_size < 0:
+            raise ValueError(f"eval_size is {eval_size}, it must be 0 (for all) or more")
         wanted = {f"Level {level}" for level in levels}
         rows = load_rows(dataset, "train", ["problem", "solution", "level"])
         self.rows = rows.filter(lambda level: level in wanted, input_columns="level")
@@ -364,7 +403,7 @@ class Math:
             found = ", ".join(sorted(set(rows["level"])))
             raise ValueError(f"levels {list(levels)}: {dataset!r} has no such problem; its levels are {found}")
         tests = load_rows(eval_dataset, "test", ["problem", "answer"])
-        self.format_weight, self.unreadable = format_weight, 0
+        self.format_weight, self.unreadable = format_weight, set()
         examples = [self.example(row["problem"], row["answer"], f"${row['answer']}$") for row in tests]
         self.held_out = [example for example in examples if example][: eval_size or None]
         if not self.held_out:
@@ -372,18 +411,19 @@ class Math:
 
     def example(self, problem: str, answer: str, source: str) -> dict | None:
         """None, and said once, if the gold answer cannot be read: it would be paid for nothing, or never."""
-        gold = parse_math(source)
+        gold = parse_math(source) if answer else []
         if gold:
             return {"problem": problem, "answer": answer, "gold": gold}
-        self.unreadable += 1
-        print(f"left out: the gold answer of {problem[:80]!r} cannot be read: {source[-80:]!r}")
+        if problem not in self.unreadable:
+            self.unreadable.add(problem)
+            print(f"left out: the gold answer of {problem[:80]!r} cannot be read: {source[-80:]!r}")
         return None
 
     def train(self, rng: random.Random, step: int) -> dict:
         for _ in range(1000):
             row = self.rows[rng.randrange(len(self.rows))]
-            boxed = row["solution"].rpartition("\\boxed")
-            if boxed[1] and (example := self.example(row["problem"], "".join(boxed[1:])[:200], row["solution"])):
+            boxed = last_boxed(row["solution"]) or ""
+            if example := self.example(row["problem"], boxed, f"${boxed}$"):
                 return example
         raise ValueError("no training problem has a gold answer that can be read")
 

@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
@@ -14,6 +15,12 @@ def parse_settings(settings_class: type, doc: str, args: list[str] | None = None
     parser = ArgumentParser(description=doc.splitlines()[0])
     parser.add_class_arguments(settings_class, as_group=False)
     return settings_class(**vars(parser.parse_args(args)))
+
+
+def check_folder_of(file: str | None) -> None:
+    """Raises ValueError if a file that is written at the end could then not be written."""
+    if file and not Path(file).absolute().parent.is_dir():
+        raise ValueError(f"{file} cannot be written: there is no folder {Path(file).parent}")
 
 
 @contextmanager

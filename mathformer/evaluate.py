@@ -17,7 +17,7 @@ import torch
 import yaml
 
 import grpo
-from mathformer.command_line import errors_as_lines, parse_settings
+from mathformer.command_line import check_folder_of, errors_as_lines, parse_settings
 from mathformer.expressions import depth, leaves, parse, symbols
 from mathformer.expressions import evaluate as evaluate_expression
 from mathformer.model import SIZES
@@ -164,6 +164,7 @@ def show_expression(text: str, sampler, tokenizer, task: ArithmeticTask, config:
 
 def evaluate(config: EvaluationConfig) -> dict | None:
     """Prints the tables and returns them as a dict; None if only an expression was shown."""
+    check_folder_of(config.out)
     model, tokenizer = load_checkpoint(config.checkpoint)
     settings = grpo.Config(
         model=config.checkpoint,

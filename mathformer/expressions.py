@@ -216,16 +216,16 @@ def equations(tree: Tree, columns: bool = False) -> Iterator[Equation]:
     return OPERATORS[tree.symbol].function(*values)
 
 
-def applications(tree: Tree) -> list[str]:
-    """What each operation of the tree is applied to, in the order of the steps: ["3+4", "7*5"] for `(3+4)*5`.
+def applications(tree: Tree) -> list[Equation]:
+    """Each operation of the tree with its value, in the order of the steps: `3+4=7`, `7*5=35` for `(3+4)*5`.
 
-    These are the left sides without which the work is not whole. A reduced fraction, `1/3`, is no work.
+    This is the work that has to be done, in one equation or in a chain of them. A reduced fraction, `1/3`, is no work.
     """
     if isinstance(tree, int):
         return []
-    inner = [text for operand in tree.operands for text in applications(operand)]
-    text = applied(tree.symbol, list(map(evaluate, tree.operands)))
-    return inner if text == str(evaluate(tree)) else [*inner, text]
+    inner = [application for operand in tree.operands for application in applications(operand)]
+    whole = Equation(applied(tree.symbol, list(map(evaluate, tree.operands))), str(evaluate(tree)))
+    return inner if whole.left == whole.right else [*inner, whole]
 
 
 def as_tree(value: Value) -> Tree:

@@ -28,7 +28,7 @@ from mathformer.expressions import (
 )
 from mathformer.tokenizer import ANSWER, BIG, LITTLE, SCRATCHPAD, SOS
 
-NUMBER = r"-?[0-9]{1,12}(?:/[0-9]{1,12})?"
+NUMBER = r"-?[0-9]{1,100}(?:/[0-9]{1,100})?"
 COMPLETION = re.compile(rf"(?:{SCRATCHPAD}(?P<steps>[^<]*))?{ANSWER}(?P<answer>{NUMBER})")
 ENDIANS = {"big": (BIG,), "little": (LITTLE,), "both": (BIG, LITTLE)}
 
@@ -97,6 +97,8 @@ class ArithmeticTask:
             raise ValueError(f"endian is {endian!r}, it must be one of {', '.join(ENDIANS)}")
         if max_value is not None and max_value < 1:
             raise ValueError(f"max_value is {max_value}, it must be 1 or more, or null for no limit")
+        if max_value is not None and max_value < 10 ** (max_digits - 1):
+            raise ValueError(f"max_digits {max_digits} needs a max_value of {10 ** (max_digits - 1)} or more, or null")
         if curriculum_steps < 0:
             raise ValueError(f"curriculum_steps is {curriculum_steps}, it must be 0 or more")
         self.max_digits, self.max_depth, self.operators = max_digits, max_depth, parse_operators(operators)
@@ -150,14 +152,14 @@ class ArithmeticTask:
         prediction = reduced(read(match["answer"])) if match else None
         correct = float(prediction is not None and prediction == example["value"])
         shown = [read(step) for step in match["steps"].split(";")] if match and match["steps"] else []
-        done = {left_side(step) for step in shown if is_true_equation(step)}
+        true = dict(sides(step) for step in shown if is_true_equation(step))
         # of the steps that this problem needs, those that are there: other true equations count for nothing
-        share = sum(step in done for step in example["steps"]) / max(1, len(example["steps"]))
+        share = sum(leads_to(true, *step) for step in example["steps"]) / max(1, len(example["steps"]))
         return {
             "reward": correct or self.partial_credit * share,
             "correct": correct,
             "format": float(match is not None),
-            "worked": float(bool(done)),
+            "worked": float(bool(true)),
             "steps_right": share,
             "prediction": None if prediction is None else str(prediction),
             "ground_truth": str(example["value"]),
@@ -172,8 +174,18 @@ def reduced(text: str) -> Fraction | None:
     return Fraction(int(numerator), int(denominator or 1))
 
 
-def left_side(step: str) -> str:
-    return step.partition("=")[0].replace(" ", "")
+def sides(step: str) -> tuple[str, str]:
+    left, _, right = step.replace(" ", "").partition("=")
+    return left, right
+
+
+def leads_to(equations: dict[str, str], start: str, value: str) -> bool:
+    """Whether a chain of the equations goes from `start` to `value`: `7*8=8*7` alone works nothing out."""
+    for _ in range(len(equations)):
+        start = equations.get(start, start)
+        if start == value:
+            return True
+    return False
 
 
 @functools.lru_cache(10_000)  # small equations come again and again

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from grpo import RunFolder, finish_step_on_signal, load_model
-from mathformer.command_line import errors_as_lines, parse_settings
+from mathformer.command_line import check_folder_of, errors_as_lines, parse_settings
 from mathformer.model import SIZES, MathformerConfig, MathformerForCausalLM, load_balancing_loss
 from mathformer.task import ArithmeticTask, solution_text
 from mathformer.tokenizer import build_tokenizer
@@ -108,6 +108,7 @@ class PretrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, it must be from 0 to 1")
         if not self.lr > 0:
             raise ValueError(f"lr is {self.lr}, it must be greater than 0")
+        check_folder_of(self.log_csv)
         self.task()
         self.model_config(build_tokenizer())
 
@@ -195,7 +196,8 @@ def pretrain(config: PretrainConfig) -> bool:
         config = interrupted_config(config)
     folder, rng, task = RunFolder(Path(config.output)), random.Random(config.seed), config.task()
     if not resume and folder.path.exists():
-        raise ValueError(f"{folder.path} exists already: choose another --output, or go on with --resume {folder.path}")
+        go_on = f", or go on with --resume {folder.path}" if folder.checkpoints() else " or remove it"
+        raise ValueError(f"{folder.path} exists already: choose another --output{go_on}")
     transformers.utils.logging.disable_progress_bar()  # of saving: it would break up our own
     torch.manual_seed(config.seed)
     if resume:
@@ -277,25 +279,26 @@ def pretrain(config: PretrainConfig) -> bool:
                 right = answers = 0
     bar.close()
     folder.write_csv()
-    if config.log_csv:
-        shutil.copy(folder.path / "metrics.csv", config.log_csv)
     model.save_pretrained(folder.path)
     tokenizer.save_pretrained(folder.path)
     settings |= dict(seconds=round(time.time() - started), answer_tokens=tokens)
     (folder.path / SETTINGS_FILE).write_text(json.dumps(settings, indent=1) + "\n")
     for checkpoint in folder.checkpoints():
         shutil.rmtree(checkpoint)
+    if config.log_csv:
+        shutil.copy(folder.path / "metrics.csv", config.log_csv)
     print(f"saved {folder.path} after {time.time() - started:.0f} s and {tokens:,} answer tokens")
     return True
 
 
 def interrupted_config(config: PretrainConfig) -> PretrainConfig:
     """The settings of the pretraining that `config.resume` names."""
-    if config != PretrainConfig(resume=config.resume):
-        raise ValueError("--resume uses the settings of before: leave the others out")
-    if not RunFolder(Path(config.resume)).checkpoints():
-        raise ValueError(f"{config.resume} holds no checkpoint to go on from")
-    return PretrainConfig(output=config.resume, **json.loads((Path(config.resume) / SETTINGS_FILE).read_text()))
+    if config != PretrainConfig(resume=config.resume, log_csv=config.log_csv):
+        raise ValueError("--resume uses the settings of before: leave the others out, but for --log_csv")
+    settings = Path(config.resume) / SETTINGS_FILE
+    if not settings.exists() or not RunFolder(Path(config.resume)).checkpoints():
+        raise ValueError(f"{config.resume} holds no checkpoint of a pretraining to go on from")
+    return PretrainConfig(output=config.resume, log_csv=config.log_csv, **json.loads(settings.read_text()))
 
 
 def main(args: list[str] | None = None) -> None:

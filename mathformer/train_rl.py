@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 import grpo
-from mathformer.command_line import errors_as_lines, parse_settings
+from mathformer.command_line import check_folder_of, errors_as_lines, parse_settings
 from mathformer.evaluate import load_checkpoint, problem_settings
 
 
@@ -97,6 +97,7 @@ SAME_NAMES += ("runs", "seed")
 
 def train_rl(config: RLConfig) -> dict[str, Any]:
     """The whole run; returns what `grpo.train` returns."""
+    check_folder_of(config.log_csv)
     load_checkpoint(config.checkpoint, config.modelsize, config.num_experts, config.active_experts)
     result = grpo.train(config.grpo_config())
     if config.log_csv and (result["run"] / "metrics.csv").exists():

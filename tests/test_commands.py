@@ -125,7 +125,7 @@ def test_sizes(tokenizer):
     [
         ([], "give --output"),
         (["--output", "x", "--resume", "y"], "give --output"),
-        (["--resume", "/nowhere/base"], "/nowhere/base holds no checkpoint to go on from"),
+        (["--resume", "/nowhere/base"], "/nowhere/base holds no checkpoint of a pretraining"),
         (["--resume", "y", "--steps", "10"], "leave the others out"),
         (["--output", "x", "--modelsize", "huge"], "modelsize 'huge': choose one of tiny, small, medium, large"),
         (["--output", "x", "--num_experts", "4", "--active_experts", "5"], "active_experts is 5, it must be from 1 to"),
@@ -133,6 +133,10 @@ def test_sizes(tokenizer):
         (["--output", "x", "--operators", "+^"], "there is no operator '^'; choose from + - * / %"),
         (["--output", "x", "--prob_scratchpad", "1.5"], "prob_scratchpad is 1.5"),
         (["--output", "x", "--steps", "0"], "steps is 0"),
+        (
+            ["--output", "x", "--log_csv", "nowhere/a.csv"],
+            "nowhere/a.csv cannot be written: there is no folder nowhere",
+        ),
         (["--output", "x", "--lr", "0"], "lr is 0.0"),
         (["--output", "x", "--dropout", "1"], "hidden_dropout is 1.0"),
     ],
@@ -205,6 +209,9 @@ def bad_checkpoints(tmp_path, kind: str) -> str:
         changed(folder)
         data = (folder / "model.safetensors").read_bytes()
         (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+    elif kind == "no JSON":
+        changed(folder)
+        (folder / "config.json").write_text("{")
     elif kind == "another width":
         changed(folder, hidden_size=48)
     elif kind == "more layers":
@@ -231,6 +238,7 @@ def bad_checkpoints(tmp_path, kind: str) -> str:
     "kind, said",
     [
         ("truncated file", "cannot be loaded: Error while deserializing"),
+        ("no JSON", "cannot be loaded: Expecting property name"),
         ("another width", "do not fit its config.json"),
         ("more layers", "transformer.h.4.input_layernorm.bias is missing, and 11 more"),
         ("experts", "active_experts is 5, it must be from 1 to num_experts, 4"),
@@ -255,6 +263,8 @@ def test_bad_checkpoints(main, kind, said, tmp_path, monkeypatch):
         (["--num_experts", "4"], f"num_experts is 4, but {PRETRAINED} has 1"),
         (["--active_experts", "2"], f"active_experts is 2, but {PRETRAINED} has 1"),
         (["--max_depth", "0"], "max_depth is 0, it must be 1 or more"),
+        (["--log_csv", "nowhere/a.csv"], "there is no folder nowhere"),
+        (["--max_digits", "3"], "max_digits 3 needs a max_value of 100 or more"),
         (["--operators", "^"], "there is no operator '^'"),
         (["--group_size", "1"], "group_size is 1, it must be 2 or more"),
         (["--partial_credit", "1"], "partial_credit is 1.0"),
@@ -262,7 +272,9 @@ def test_bad_checkpoints(main, kind, said, tmp_path, monkeypatch):
     ],
 )
 def test_bad_input_of_train_rl(argv, said, tmp_path):
-    assert said in said_at_exit(train_rl.main, ["--checkpoint", PRETRAINED, "--steps", "0", "--runs", str(tmp_path), *argv])
+    assert said in said_at_exit(
+        train_rl.main, ["--checkpoint", PRETRAINED, "--steps", "0", "--runs", str(tmp_path), *argv]
+    )
     assert not list(tmp_path.iterdir())
 
 

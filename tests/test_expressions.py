@@ -142,7 +142,7 @@ def test_steps_are_true_and_reach_the_result(tree, columns):
         assert left != right
         assert python_value(left) == python_value(right)
         assert ex.evaluate(ex.parse(left)) == ex.evaluate(ex.parse(right))
-    assert set(ex.applications(tree)) <= {left for left, _ in steps}
+    assert {left for left, _ in ex.applications(tree)} <= {left for left, _ in steps}
     if ex.applications(tree) and ex.render(tree) != str(ex.evaluate(tree)):
         reached = [right for _, right in steps]
         assert str(ex.evaluate(tree)) in reached or ex.parse(str(ex.evaluate(tree))) == ex.as_tree(ex.evaluate(tree))
@@ -198,9 +198,9 @@ def test_columns_carry_and_borrow(text, steps):
 
 
 def test_steps_are_applications_of_the_problem():
-    assert ex.applications(ex.parse("7-(4+8)*3")) == ["4+8", "12*3", "7-36"]
-    assert ex.applications(ex.parse("prev(2)/7")) == ["prev(2)"]
-    assert ex.applications(ex.parse("1/2+1/2")) == ["1/2+1/2"]
+    assert ex.applications(ex.parse("7-(4+8)*3")) == [("4+8", "12"), ("12*3", "36"), ("7-36", "-29")]
+    assert ex.applications(ex.parse("prev(2)/7")) == [("prev(2)", "1")]
+    assert ex.applications(ex.parse("1/2+1/2")) == [("1/2+1/2", "1")]
 
 
 # Problems
@@ -282,7 +282,7 @@ def test_the_curriculum_grows_and_the_evaluation_does_not():
 ALL = dict(operators="all", negatives=0.2, parentheses=0.1, spaces=0.1, endian="both")
 
 
-@pytest.mark.parametrize("settings", [{}, ALL, ALL | dict(max_digits=2, max_value=None)])
+@pytest.mark.parametrize("settings", [{}, ALL, ALL | dict(max_digits=7, max_value=None)])
 def test_the_verifier_accepts_what_pretraining_teaches(settings):
     task = ArithmeticTask(**settings)
     rng = random.Random(0)
@@ -371,6 +371,8 @@ def test_little_endian_numbers_are_read_from_their_last_digit():
         ("<scratchpad>3+4=7;3+4=7;3+4=7<answer>36", 0.25, 0.5),  # once is enough
         ("<scratchpad>1+1=2;2+2=4;5*7=35<answer>36", 0, 0),  # true, but no step of this problem
         ("<scratchpad>7*5=35<answer>36", 0.25, 0.5),
+        ("<scratchpad>3+4=4+3;7*5=5*7<answer>36", 0, 0),  # true, and nothing worked out
+        ("<scratchpad>3+4=4+3;4+3=7<answer>36", 0.25, 0.5),  # a chain of two
         ("<scratchpad>3+4=7;7*5=35", 0, 0),  # no answer, no form: nothing
         ("<scratchpad>3+4=7;7*5=35<answer>35", 1, 1),
     ],
@@ -393,6 +395,7 @@ def test_partial_credit_is_for_right_steps_of_the_problem(text, reward, steps_ri
         (dict(endian="middle"), "endian is 'middle', it must be one of big, little, both"),
         (dict(partial_credit=1.0), "partial_credit is 1.0, it must be from 0 to less than 1"),
         (dict(max_value=0), "max_value is 0"),
+        (dict(max_digits=3), "max_digits 3 needs a max_value of 100 or more"),
         (dict(curriculum_steps=-1), "curriculum_steps is -1"),
         (dict(eval_size=0), "eval_size is 0"),
     ],

@@ -2,6 +2,8 @@
 
 import json
 import random
+import time
+import zlib
 from fractions import Fraction
 
 import datasets
@@ -19,6 +21,7 @@ from tasks import (
     countdown_reward,
     equation_value,
     gsm8k_reward,
+    last_boxed,
 )
 
 PROBLEM = {"nums": [44, 19, 35], "target": 98}
@@ -43,6 +46,7 @@ def write_jsonl(path, rows) -> str:
         ("<think>a</think> <think>again <answer>1</answer>", None),
         ("</think><answer>1</answer><answer>2</answer>", None),  # two guesses
         ("</think><answer><answer>1</answer></answer>", None),
+        ("</think><answer><answer>1</answer>", None),
         ("</answer>1<answer>", None),
         ("</think><answer>1", None),
         ("", None),
@@ -174,6 +178,9 @@ def test_synthetic_problems_are_of_the_kind_and_held_out():
     task = Countdown("synthetic", eval_size=200)
     keys = [{(tuple(sorted(p["nums"])), p["target"]) for p in problems} for problems in (training, task.eval())]
     assert not keys[0] & keys[1]
+    for problems, for_eval in ((training, False), (task.eval(), True)):
+        checksums = [zlib.crc32(f"{sorted(p['nums'])} {p['target']}".encode()) % 20 for p in problems]
+        assert all((checksum == 0) == for_eval for checksum in checksums)
     assert task.eval() == Countdown("synthetic", eval_size=200).eval()
     assert task.train(random.Random(1), 0) == task.train(random.Random(1), 5)
 
@@ -198,6 +205,33 @@ def test_countdown_from_files(tmp_path, kind):
     assert len(evaluation) == 10 and len(training) == 30 and not training & set(evaluation)
     assert training | set(evaluation) == {str(row) for row in rows}
     assert evaluation == [str(row) for row in Countdown(str(path), eval_size=10).eval()]
+
+
+def test_a_problem_that_is_there_twice_is_in_the_evaluation_alone(tmp_path):
+    rng = random.Random(0)
+    rows = [countdown_problem(rng, for_eval=False) for _ in range(30)]
+    again = [{"nums": row["nums"][::-1], "target": row["target"]} for row in rows]
+    task = Countdown(write_jsonl(tmp_path / "twice.jsonl", rows + again), eval_size=20)
+    taken = {(tuple(sorted(row["nums"])), row["target"]) for row in task.eval()}
+    drawn = [task.train(random.Random(i), 0) for i in range(300)]
+    assert not taken & {(tuple(sorted(row["nums"])), row["target"]) for row in drawn}
+    text = [{"nums": row["nums"], "target": str(row["target"])} for row in rows]
+    with pytest.raises(ValueError, match="must be whole numbers, and the first row is"):
+        Countdown(write_jsonl(tmp_path / "text.jsonl", text), eval_size=5)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<think>" * 20_000 + "<answer>1+2</answer>",
+        "<think>" * 400 + "</think><answer>" * 400 + "</answer>" * 400 + "x",
+        " " * 100_000 + "<answer>",
+    ],
+)
+def test_long_texts_take_no_time(text):
+    started = time.process_time()
+    assert countdown_reward(text, PROBLEM)["format"] == gsm8k_reward(text, PROBLEM)["format"] == 0
+    assert time.process_time() - started < 2  # the pattern that this guards against took minutes
 
 
 # GSM8K
@@ -304,6 +338,27 @@ def test_math_answers(math_task, answer, correct):
     assert (parts["correct"], parts["format"]) == (correct, 1)
     assert parts["reward"] == pytest.approx(correct + 0.1)
     assert math_task.reward(answer, math_task.eval()[0])["reward"] == 0
+
+
+@pytest.mark.parametrize(
+    "answer, gold, correct",
+    [
+        ("2\\sqrt{3}", "2\\sqrt{3}", 1), ("2\\sqrt{3}", "2", 0), ("2^{10}", "1024", 1), ("2^{10}", "2", 0),
+        ("3-2i", "3-2i", 1), ("3-2i", "3", 0), ("3x+2", "3", 0), ("1, 2, 3", "1,2,3", 1), ("50\\%", "50\\%", 1),
+    ],
+)  # fmt: skip
+def test_math_reads_whole_expressions_without_dollars(math_task, answer, gold, correct):
+    assert math_task.reward(boxed(answer), math_task.example("P", gold, f"${gold}$"))["correct"] == correct
+
+
+def test_math_gold_is_what_is_boxed_and_nothing_else(math_task, capsys):
+    assert last_boxed("a \\boxed{1} b \\boxed{\\frac{1}{2}}.") == "\\boxed{\\frac{1}{2}}"
+    assert last_boxed("none") is None and last_boxed("\\boxed{1") is None
+    rows = [dict(problem="P", solution="We have $a=7$, so $\\boxed{}$", level="Level 1")]
+    math_task.rows = datasets.Dataset.from_list(rows)
+    with pytest.raises(ValueError, match="no training problem"):
+        math_task.train(random.Random(0), 0)
+    assert capsys.readouterr().out.count("answer of 'P'") == 1  # said once
 
 
 def test_math_form_and_hedging(math_task):
