@@ -421,35 +421,6 @@ def test_terminal_text_cannot_move_the_cursor():
     assert len(grpo.printable("x" * 1000)) < 200
 
 
-def byte_tokenizer():
-    """One token a byte, with a chat template: enough of a tokenizer for any text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(["<eos>", "<pad>", *alphabet])}, []))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}"
-    )
-    return tokenizer
-
-
-@pytest.fixture(scope="module")
-def qwen3_folder(tmp_path_factory):
-    """A Qwen3 of random weights, as a folder that looks like one from the Hub."""
-    folder, tokenizer = tmp_path_factory.mktemp("qwen3"), byte_tokenizer()
-    torch.manual_seed(0)
-    config = transformers.Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=2048, eos_token_id=0,
-    )  # fmt: skip
-    transformers.Qwen3ForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.mark.parametrize("recipe", ["countdown-workshop", "countdown-3b"])
 def test_countdown_recipes_run_on_a_tiny_local_model(recipe, qwen3_folder, tmp_path):
     argv = ["--config", f"configs/{recipe}.yaml", "--model", qwen3_folder, "--task_args.dataset", "synthetic"]

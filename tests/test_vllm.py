@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from accelerate.state import AcceleratorState
+from conftest import largest_difference, updated
 
 if not os.environ.get("REQUIRE_VLLM"):
     pytest.importorskip("vllm")
@@ -138,6 +139,52 @@ def test_a_run_with_vllm_repeats_resumes_and_agrees_with_its_trainer(config, mon
         str(whole["run"] / "final"), grpo.load_model(str(whole["run"] / "final"))[0], [2], config, False
     )
     assert largest_gap(final.model, final.generate(PROMPTS, 4, grpo.Sampling(8), seed=0)) < 1e-3
+
+
+@pytest.mark.parametrize("folder", ["qwen2 tied", "mathformer"], indirect=True)
+def test_the_gradient_is_that_of_the_torch_sampler(folder, config, accelerator):
+    """Of the same completions, with the log-probs of the one and of the other."""
+    model, _ = grpo.load_model(folder)
+    rollouts = grpo.VLLMSampler(folder, model, [2], config, bf16=False).generate(PROMPTS, 8, grpo.Sampling(24), seed=3)
+    with torch.no_grad():
+        logps, _ = grpo.Policy(model)(**grpo.policy_inputs(rollouts, "cpu"))
+    for i, r in enumerate(rollouts):
+        r.advantage = (-1.0) ** i
+    _, by_vllm = updated(model, rollouts, config, accelerator)
+    for r, row in zip(rollouts, logps.tolist(), strict=True):
+        r.logps = row[: r.length]
+    _, by_torch = updated(model, rollouts, config, accelerator)
+    size = max(value.abs().max().item() for value in by_torch.values())
+    assert largest_difference(by_vllm, by_torch) < 1e-3 * size
+
+
+def test_a_countdown_recipe_runs_with_vllm(qwen3_folder, tmp_path):
+    argv = ["--config", "configs/countdown-workshop.yaml", "--model", qwen3_folder, "--sampler", "vllm"]
+    argv += ["--task_args.dataset", "synthetic", "--task_args.eval_size", "4", "--steps", "3", "--eval_samples", "2"]
+    argv += [
+        "--prompts_per_step",
+        "2",
+        "--max_completion_tokens",
+        "12",
+        "--runs",
+        str(tmp_path),
+        "--kv_cache_gb",
+        "0.1",
+    ]
+    run = grpo.train(grpo.parse_config(argv))["run"]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 and max(row["sampler_logp_gap"] or 0 for row in rows) < 1e-3
+    for name in (
+        "config.yaml",
+        "metrics.csv",
+        "rollouts.jsonl",
+        "eval.jsonl",
+        "eval-0.jsonl",
+        "eval-3.jsonl",
+        "curves.png",
+    ):
+        assert (run / name).stat().st_size > 0
+    assert (run / "final" / "model.safetensors").exists() and (run / "checkpoint-3").is_dir()
 
 
 class StartsWithSeven:
