@@ -50,10 +50,8 @@ def load_rows(dataset: str, split: str, columns: list[str], subset: str | None =
 
 def final_part(text: str) -> str | None:
     """What follows the last `</think>`; None if thinking was begun, also by a prefill, and not ended."""
-    before, ended, after = text.rpartition("</think>")
-    if "<think>" in after:
-        return None
-    return after
+    after = text.rpartition("</think>")[2]
+    return None if "<think>" in after else after
 
 
 def answer_block(text: str) -> str | None:

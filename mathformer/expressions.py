@@ -242,14 +242,11 @@ def rewritings(symbol: str, values: list[Value]) -> list[str]:
     chain = [applied(symbol, values)]
     if symbol == "/" or (symbol == "*" and any(v.denominator > 1 for v in values)):
         (n1, d1), (n2, d2) = (v.as_integer_ratio() for v in values)
-        if symbol == "/" and d2 > 1:  # divided by a fraction: multiplied by its inverse
+        if symbol == "/":  # multiplied by the inverse, which is a step of its own if that is a fraction's
             n2, d2 = d2, n2
-            chain.append(applied("*", [values[0], Fraction(n2, d2)]))
-            chain += reductions(n1 * n2, d1 * d2)
-        elif symbol == "/":
-            chain += reductions(n1 * d2, d1 * n2)
-        else:
-            chain += reductions(n1 * n2, d1 * d2)
+            if n2 > 1:
+                chain.append(applied("*", [values[0], Fraction(n2, d2)]))
+        chain += reductions(n1 * n2, d1 * d2)
     elif len(values) == 2 and any(v.denominator > 1 for v in values):  # over the common denominator first
         common = math.lcm(*(v.denominator for v in values))
         numerators = [int(v * common) for v in values]

@@ -129,6 +129,7 @@ def r1(answer: str) -> str:
         (r1("4*4 + 19 + 35"), 0, 1),  # no gluing or splitting of digits
         (r1("44 + 19 + 35") + "!", 1, 0),
         (r1("44 + 19 + 35").replace("</think>", ""), 0, 0),
+        (r1("44 + 19 + 35").replace("<think>", "<think><think>"), 1, 0),
         ("<answer>44 + 19 + 35</answer>", 1, 0),
         ("", 0, 0),
     ],
@@ -365,6 +366,7 @@ def test_math_form_and_hedging(math_task):
     example = math_task.eval()[1]
     assert math_task.reward("<answer>12</answer>", example)["reward"] == 1  # right, not in the form
     assert math_task.reward(boxed("12") + " bye", example)["format"] == 0
+    assert math_task.reward("Well, " + boxed("12"), example)["format"] == 0
     assert math_task.reward(boxed("11") + "<answer>12</answer>", example)["correct"] == 0
     assert math_task.reward(boxed("9" * 5000), example)["correct"] == 0
 
