@@ -1,4 +1,4 @@
-"""Group Relative Policy Optimization (GRPO), the whole of it, in one file that you can read in one sitting.
+"""Group Relative Policy Optimization (GRPO), the whole algorithm, in one file that you can read in one sitting.
 
 GRPO (DeepSeekMath, arXiv 2402.03300) improves a language model by trial and error, on problems whose answers a
 program can check. It is REINFORCE with two changes. The baseline is the mean reward of the other answers to the same
@@ -14,7 +14,8 @@ can be used for more than one update. One step:
     7. sum over tokens with one weight a row, backward, clip, AdamW      token_weights, update
 
 There is no learned reward model, no critic and no replay. Lines that a student will want to change are marked
-`# GRPO:`.
+`# GRPO:`. What is not the algorithm is next door: settings.py (every setting, from command line and YAML), loading.py (task,
+model, device), run_folder.py (logs, checkpoints, curves).
 
     python grpo.py                              arithmetic on a CPU, about a minute, no download
     python grpo.py --steps 0                    evaluate, show one group of completions, stop
@@ -23,208 +24,44 @@ There is no learned reward model, no critic and no replay. Lines that a student 
     python grpo.py --help                       every setting
 """
 
-import argparse
-import csv
-import dataclasses
-import glob
-import hashlib
-import inspect
-import itertools
-import json
 import math
 import os
 import random
 import re
-import runpy
-import shutil
-import signal
 import sys
-import threading
 import time
 from collections import Counter
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from typing import Any, NamedTuple
 
 if sys.platform == "darwin":  # before torch is imported: operations that Apple's GPU lacks then run on the CPU
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 import torch
 import torch.nn.functional as F
-import transformers
-import yaml
 from accelerate import Accelerator
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-HERE = Path(__file__).resolve().parent
-PRESET = HERE / "configs" / "arithmetic.yaml"  # what the plain command runs
+from loading import find_eos, load_model, load_task, local_name, make_accelerator
+from run_folder import (
+    RunFolder,
+    evaluation_table,
+    finish_step_on_signal,
+    peak_memory,
+    show_group,
+    show_rollouts,
+    verdict,
+)
+from settings import Config, Sampling, UsageError, parse_config
 
-
-class UsageError(Exception):
-    """Something a person has to change: shown as one line, without a traceback."""
-
-
-# ==== 1. Config =======================================================================================================
-
-
-@dataclass
-class Config:
-    """All settings. The defaults are safe for language models of 0.5B parameters and more."""
-
-    # What is trained, and on what
-    model: str = ""
-    """Hugging Face model: a folder, or a name on the Hub"""
-    task: str = ""
-    """a built-in task (arithmetic, countdown, gsm8k, math), module:Class, or path/to/file.py:Class"""
-    task_args: dict[str, Any] = field(default_factory=dict)
-    """arguments of the task, for example --task_args.max_depth 2"""
-    seed: int = 0
-    """seed of everything random; on a CPU the same seed gives the same run"""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """where to run; auto takes a GPU if there is one"""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """arithmetic of the forward and backward pass (weights are always fp32); auto is bf16 on CUDA, else fp32"""
-    about: str = ""
-    """a sentence about this recipe, printed at the start"""
-
-    # Sampling
-    sampler: Literal["auto", "vllm", "torch"] = "auto"
-    """what writes the completions: vllm, fast, or torch, anywhere; auto is vllm on a CUDA GPU if it is installed"""
-    kv_cache_gb: float = 0.0
-    """memory for vLLM's key-value cache; 0 is what a step's completions need, at most half of what is free"""
-    prompts_per_step: int = 32
-    """P, the prompts of a step"""
-    group_size: int = 8
-    """G, the completions of each prompt that are compared with each other"""
-    max_prompt_tokens: int = 512
-    """longer prompts are left out and counted"""
-    max_completion_tokens: int = 1024
-    """a completion is cut off here, and then counts as truncated"""
-    temperature: float = 1.0
-    """sampling temperature; training divides the logits by it too"""
-    top_p: float = 1.0
-    """nucleus sampling; 1 is off"""
-    top_k: int = 0
-    """sample from the k most likely tokens only; 0 is off"""
-    sample_rows: int = 256
-    """completions that are sampled at the same time, but at least one whole group"""
-
-    # The algorithm
-    advantage: Literal["grpo", "dr_grpo"] = "grpo"
-    """how rewards of a group become advantages (group_advantages)"""
-    loss_weight: Literal["token", "sequence", "constant"] = "token"
-    """how tokens are averaged: token (DAPO), sequence (GRPO), constant (Dr. GRPO) (token_weights)"""
-    clip_low: float = 0.2
-    """the ratio is clipped below 1 - clip_low"""
-    clip_high: float = 0.2
-    """the ratio is clipped above 1 + clip_high (DAPO: 0.28)"""
-    kl_coef: float = 0.0
-    """weight of the KL penalty toward the model as it was at the start; 0 needs no second model"""
-    kl_kind: Literal["k1", "k2", "k3"] = "k3"
-    """estimator of that KL (kl_estimate)"""
-    kl_target: float = 0.0
-    """let kl_coef, then only its first value, rise and fall so that kl_ref comes to this (adapted_kl_coef); 0 is off"""
-    old_logps: Literal["sampler", "trainer"] = "sampler"
-    """whose log-probs the ratio is taken against; with top_k or top_p on it is always the trainer"""
-    epochs: int = 1
-    """passes over the completions of a step"""
-    minibatches: int = 1
-    """optimizer steps a pass; must divide prompts_per_step * group_size"""
-    drop_dead_groups: bool | None = None
-    """leave groups of equal rewards out of the backward pass; by default exactly when kl_coef is 0"""
-    offload_reference: bool = False
-    """keep the reference model on the CPU while it is not needed"""
-
-    # Optimization
-    steps: int = 500
-    """GRPO steps; 0 only evaluates and shows one group"""
-    lr: float = 1e-6
-    """peak learning rate of AdamW"""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """after the warm-up: constant, or down to 0 along a line or a cosine"""
-    warmup_steps: int = 0
-    """steps in which the learning rate rises to its peak"""
-    weight_decay: float = 0.0
-    """AdamW's weight decay"""
-    grad_clip: float = 1.0
-    """largest norm of the gradient; a longer one is scaled down to it"""
-    tokens_per_microbatch: int = 16384
-    """tokens, padding included, that go through the model at once: lower it when memory runs out"""
-    gradient_checkpointing: bool = False
-    """recompute activations in the backward pass: slower, with less memory"""
-
-    # Evaluation
-    eval_steps: int = 50
-    """evaluate every so many steps, besides before the first and after the last; 0 only then"""
-    eval_samples: int = 8
-    """sampled completions of each evaluation prompt, besides a greedy one"""
-
-    # What is kept and shown
-    runs: str = "runs"
-    """folder in which the run's own folder is made"""
-    save_steps: int = 50
-    """write a checkpoint every so many steps"""
-    keep_last: int = 2
-    """checkpoints to keep"""
-    print_steps: int = 50
-    """show three completions every so many steps; 0 shows none"""
-    resume: str = ""
-    """folder of a run to go on with; its settings are used"""
-
-    def __post_init__(self):
-        if not self.model or not self.task:
-            raise UsageError("both --model and --task are needed (or neither: then the arithmetic preset runs)")
-        for f in dataclasses.fields(self):
-            value, choices = getattr(self, f.name), get_args(f.type)
-            if get_origin(f.type) is Literal and value not in choices:
-                raise UsageError(f"{f.name} is {value!r}, it must be one of {', '.join(choices)}")
-            if f.name in LOWEST and not LOWEST[f.name] <= value < math.inf:
-                why = " (with one completion there is nothing to compare it with)" if f.name == "group_size" else ""
-                raise UsageError(f"{f.name} is {value}, it must be {LOWEST[f.name]} or more{why}")
-            if f.name in ("temperature", "top_p", "lr", "grad_clip") and not 0 < value < math.inf:
-                raise UsageError(f"{f.name} is {value}, it must be greater than 0")
-        if self.top_p > 1:
-            raise UsageError(f"top_p is {self.top_p}, it must be at most 1")
-        if self.kl_target and not self.kl_coef:
-            raise UsageError("kl_target changes kl_coef by factors, so kl_coef must start above 0: try 0.05")
-        if (rows := self.prompts_per_step * self.group_size) % self.minibatches:
-            raise UsageError(f"minibatches is {self.minibatches}, it must divide the {rows} completions of a step")
-
-    @property
-    def samples_all_tokens(self) -> bool:
-        """Whether the sampler draws from the policy itself, and not from its most likely tokens only."""
-        return self.top_k == 0 and self.top_p == 1
-
-    @property
-    def uses_trainer_logps(self) -> bool:
-        return self.old_logps == "trainer" or not self.samples_all_tokens
-
-    @property
-    def drops_dead_groups(self) -> bool:
-        return self.kl_coef == 0 if self.drop_dead_groups is None else self.drop_dead_groups
-
-    @property
-    def sampling(self) -> "Sampling":
-        return Sampling(self.max_completion_tokens, self.temperature, self.top_p, self.top_k)
-
-
-LOWEST = dict(group_size=2, prompts_per_step=1, max_prompt_tokens=1, max_completion_tokens=1, sample_rows=1, epochs=1)
-LOWEST |= dict(minibatches=1, tokens_per_microbatch=1, eval_samples=1, save_steps=1, keep_last=1, steps=0, top_k=0)
-LOWEST |= dict(kl_coef=0, kl_target=0, clip_low=0, clip_high=0, warmup_steps=0, weight_decay=0, eval_steps=0)
-LOWEST |= dict(print_steps=0, kv_cache_gb=0)
-CHANGEABLE_ON_RESUME = {"steps", "eval_steps", "save_steps", "keep_last", "print_steps", "about", "runs", "resume"}
-CHANGEABLE_ON_RESUME |= {"tokens_per_microbatch", "gradient_checkpointing", "offload_reference"}  # what memory needs
-
-
-# ==== 2. Tasks and rewards ============================================================================================
+# ==== 1. Tasks and rewards ============================================================================================
 
 # A task is a class with four methods:
 #
@@ -237,48 +74,11 @@ CHANGEABLE_ON_RESUME |= {"tokens_per_microbatch", "gradient_checkpointing", "off
 # and, if it likes, two attributes: `prefill`, text put behind each prompt as the beginning of the answer (`text` above
 # is the prefill plus the completion), and `worked_prefix`, which makes the model show its steps in the evaluation.
 
-TASKS = {"arithmetic": "mathformer:ArithmeticTask", "countdown": "tasks:Countdown"}
-TASKS |= {"gsm8k": "tasks:GSM8K", "math": "tasks:Math"}
 REWARD_KEYS = ("reward", "correct", "format", "prediction", "ground_truth")
 REFLECTION = re.compile(r"\b(wait|hmm|let me (re)?check|double[- ]check|verify|recheck|try again|re-?evaluate)\b", re.I)
 
 
-def load_task(name: str, task_args: dict[str, Any]):
-    """The task called `name`: built-in, `module:Class`, or `path/to/file.py:Class`.
-
-    Raises:
-        UsageError: there is no such task, or it does not take these arguments.
-    """
-    where, _, class_name = TASKS.get(name, name).rpartition(":")
-    if not where:
-        known = ", ".join(TASKS)
-        raise UsageError(f"unknown task {name!r}; built in: {known}; your own: module:Class or path/to/file.py:Class")
-    try:
-        if where.endswith(".py"):
-            sys.path.insert(0, str(Path(where).parent))  # so that the file can import its neighbours
-            found = runpy.run_path(where)
-        else:
-            found = vars(import_module(where))
-    except Exception as error:  # anyone's code may be in there
-        raise UsageError(f"task {name!r} cannot be imported: {type(error).__name__}: {error}") from error
-    if class_name not in found:
-        raise UsageError(f"task {name!r}: {where} has no class {class_name}")
-    try:
-        return found[class_name](**task_args)
-    except Exception as error:
-        raise UsageError(f"task {name!r}: {error}; its arguments: {inspect.signature(found[class_name])}") from error
-
-
-# ==== 3. Sampling =====================================================================================================
-
-
-class Sampling(NamedTuple):
-    """How to sample: what vLLM calls SamplingParams. Temperature 0 takes the most likely token."""
-
-    max_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
+# ==== 2. Sampling =====================================================================================================
 
 
 class Problem(NamedTuple):
@@ -591,7 +391,7 @@ def check_sampler(
     require_equal("after the weights were set back")
 
 
-# ==== 4. Rollouts and advantages ======================================================================================
+# ==== 3. Rollouts and advantages ======================================================================================
 
 
 def encode_prompt(tokenizer, task, example: dict) -> tuple[str, list[int]]:
@@ -743,7 +543,7 @@ def average(values) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-# ==== 5. The loss =====================================================================================================
+# ==== 4. The loss =====================================================================================================
 
 
 class Policy(nn.Module):
@@ -914,7 +714,7 @@ def token_weights(
     return weights.masked_fill(lengths == 0, 0.0)
 
 
-# ==== 6. The update ===================================================================================================
+# ==== 5. The update ===================================================================================================
 
 
 def microbatches(rollouts: list[Rollout], token_budget: int) -> list[list[Rollout]]:
@@ -1063,7 +863,7 @@ def update(
     }
 
 
-# ==== 7. Evaluation ===================================================================================================
+# ==== 6. Evaluation ===================================================================================================
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -1120,269 +920,7 @@ def evaluate(sampler, tokenizer, task, problems: list[Problem], config: Config, 
     return row, details
 
 
-def verdict(row: dict) -> str:
-    """Will it learn? A forecast from the first evaluation, before hours are spent.
-
-    GRPO learns from groups that disagree. The thresholds are a judgement from small models: the shipped base, with 37 %
-    dead groups, learns in a minute; a base in which three groups of four were dead learned nothing in 120 steps.
-    """
-    k, dead, pass_1 = max(map(int, row["pass_at_k"])), row["zero_advantage_groups"], row["pass_at_k"]["1"]
-    if k < 4:
-        return "will it learn? eval_samples of 4 or more are needed to tell"
-    gain = row["pass_at_k"][str(k)] - pass_1
-    advice = [
-        (row["truncated"] > 0.3, "many completions are cut off: raise max_completion_tokens"),
-        (row["format"] < 0.2, "few completions have the right form: change the prompt, or pay for the form"),
-        (pass_1 > 0.9, "the problems are too easy, little is left to learn"),
-        (pass_1 <= 0.9 and (dead > 0.75 or gain < 0.1), "too few groups disagree: take easier (or harder) problems, a "
-         "larger group_size, a reward with partial credit, or a better model"),
-    ]  # fmt: skip
-    found = [text for holds, text in advice if holds]
-    answer = "yes" if dead <= 0.5 and gain >= 0.25 else "perhaps, slowly; a larger group_size leaves fewer dead groups"
-    facts = f"groups of {k}: {dead:.0%} dead, pass@1 {pass_1:.0%}, pass@{k} {pass_1 + gain:.0%}"
-    return f"will it learn? {'unlikely: ' + '; '.join(found) if found else answer} ({facts})"
-
-
-# ==== 8. The run folder, and what a person sees =======================================================================
-
-
-class RunFolder:
-    """What a run leaves behind: config.yaml, metrics, rollouts, evaluations, checkpoints, curves.png."""
-
-    LOGS = ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl")  # these only ever grow
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    @classmethod
-    def create(cls, config: Config) -> "RunFolder":
-        """A new folder under `config.runs`; an existing one is never written into."""
-        fixed = {k: v for k, v in dataclasses.asdict(config).items() if k not in CHANGEABLE_ON_RESUME}
-        digest = hashlib.sha256(json.dumps(fixed, sort_keys=True, default=str).encode()).hexdigest()
-        task, model = (re.split("[/:]", name.rstrip("/"))[-1] for name in (config.task, config.model))
-        name = f"{task}-{model}-s{config.seed}-{digest[:6]}"
-        for i in itertools.count(1):
-            path = Path(config.runs) / (name if i == 1 else f"{name}-{i}")
-            with suppress(FileExistsError):
-                path.mkdir(parents=True)
-                break
-        for log in cls.LOGS:
-            (path / log).touch()
-        return cls(path)
-
-    def write_config(self, config: Config) -> None:
-        settings = dataclasses.asdict(config) | {"resume": ""}
-        (self.path / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-
-    def append(self, name: str, rows: list[dict]) -> None:
-        with open(self.path / name, "a") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-
-    def read(self, name: str) -> list[dict]:
-        with open(self.path / name) as file:
-            return [json.loads(line) for line in file]
-
-    def log_step(self, row: dict, rollouts: list[Rollout]) -> None:
-        """One row in metrics.jsonl, and one row for each completion in rollouts.jsonl."""
-        self.append("metrics.jsonl", [row])
-        rows = [
-            {"step": row["step"], "prompt_id": hashlib.sha256(r.prompt.encode()).hexdigest()[:8], "prompt": r.prompt}
-            | {"completion": r.text, **r.parts, "advantage": r.advantage, "length": r.length, "truncated": r.truncated}
-            for r in rollouts
-        ]
-        self.append("rollouts.jsonl", rows)
-
-    def log_evaluation(self, row: dict, details: list[dict]) -> None:
-        self.append("eval.jsonl", [row])
-        (self.path / f"eval-{row['step']}.jsonl").write_text("")
-        self.append(f"eval-{row['step']}.jsonl", details)
-
-    def save_checkpoint(self, step: int, model, tokenizer, optimizer, keep_last: int, **state) -> None:
-        """checkpoint-<step>/: model, AdamW's moments and counters, `state`; under another name until it is whole.
-
-        No random state is needed: all that is random in a step follows from the seed and the step's number.
-        """
-        partial, whole = self.path / ".partial", self.path / f"checkpoint-{step}"
-        shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        states = optimizer.state_dict()["state"]
-        # a safetensors file, but not by its name: vLLM would take it for weights of the model
-        save_file({f"{i}.{k}": v for i, s in states.items() for k, v in s.items()}, partial / "optimizer.state")
-        sizes = {log.name: log.stat().st_size for name in self.LOGS if (log := self.path / name).exists()}
-        (partial / "state.json").write_text(json.dumps({"step": step, **state, "log_sizes": sizes}))
-        partial.rename(whole)
-        self.write_csv()
-        for old in self.checkpoints()[:-keep_last]:
-            shutil.rmtree(old)
-
-    def write_csv(self) -> None:
-        rows = self.read("metrics.jsonl")
-        with open(self.path / "metrics.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-            writer.writeheader()
-            writer.writerows(rows)
-
-    def checkpoints(self) -> list[Path]:
-        return sorted(self.path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-
-    def resume(self, optimizer, steps: int) -> dict[str, Any]:
-        """Loads the optimizer from the newest checkpoint, cuts later rows off the logs; returns `step` and `state`."""
-        newest = self.checkpoints()[-1]
-        saved, state = json.loads((newest / "state.json").read_text()), optimizer.state_dict()
-        if steps < saved["step"]:
-            raise UsageError(f"{newest} is past step {steps} already: ask for more --steps")
-        for name, value in load_file(newest / "optimizer.state").items():
-            index, key = name.split(".")
-            state["state"].setdefault(int(index), {})[key] = value
-        optimizer.load_state_dict(state)
-        for name, size in saved["log_sizes"].items():
-            os.truncate(self.path / name, size)
-        return saved
-
-    def plot(self) -> Path:
-        """curves.png: thin lines are steps, thick ones running means, points evaluations with 95 % intervals."""
-        from matplotlib.figure import Figure  # without pyplot: no window, no global state
-
-        metrics, evaluations = self.read("metrics.jsonl"), self.read("eval.jsonl")
-        shown = "worked" if metrics and "worked" in metrics[0] else "format"  # `format`: of the right form
-        panels = {
-            "reward of the training prompts": {"reward": "tab:blue"},
-            "accuracy on the evaluation problems": {"accuracy": "black", "accuracy_sampled": "tab:orange"},
-            "length in tokens": {"length": "tab:blue", "length_correct": "tab:green", "length_wrong": "tab:red"},
-            f"share of {shown} answers": {shown: "tab:purple"},
-            "dead groups, truncated completions": {"zero_advantage_groups": "tab:gray", "truncated": "tab:brown"},
-            "entropy (nats a token), gradient norm": {"entropy": "tab:olive", "grad_norm": "tab:cyan"},
-        }
-        figure = Figure(figsize=(13, 6.5), layout="constrained")
-        for axis, (title, keys) in zip(figure.subplots(2, 3).flat, panels.items(), strict=True):
-            for key, color in keys.items():
-                rows = evaluations if key.startswith("accuracy") else metrics
-                points = [(row["step"], row[key], row) for row in rows if row.get(key) is not None]
-                steps, values = [p[0] for p in points], [p[1] for p in points]
-                if rows is evaluations:
-                    errors = [[p[1] - p[2][f"{key}_low"] for p in points], [p[2][f"{key}_high"] - p[1] for p in points]]
-                    axis.errorbar(steps, values, errors, color=color, marker="o", markersize=4, capsize=3, label=key)
-                else:
-                    width = max(1, len(values) // 40)
-                    smooth = [average(values[max(0, i - width) : i + width + 1]) for i in range(len(values))]
-                    axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-                    axis.plot(steps, smooth, color=color, linewidth=1.8, label=key)
-            if not {"length", "entropy"} & keys.keys():
-                axis.set_ylim(-0.03, 1.03)
-            axis.set(title=title, xlabel="step")
-            axis.grid(alpha=0.25)
-            axis.legend(fontsize=8)
-        figure.suptitle(self.path.name)
-        figure.savefig(self.path / "curves.png", dpi=110)
-        return self.path / "curves.png"
-
-
-def printable(text: str, limit: int = 160) -> str:
-    """One line of at most `limit` characters; control characters, which a terminal would obey, as escapes."""
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
-
-
-def evaluation_table(rows: list[dict]) -> str:
-    """The evaluations side by side: one, or before and after."""
-
-    def interval(row: dict, key: str) -> str:
-        return f"{row[key]:.1%} [{100 * row[key + '_low']:.1f}, {100 * row[key + '_high']:.1f}]"
-
-    k = max(rows[0]["pass_at_k"], key=int)
-    lines = {
-        "": [f"after {row['step']} steps" if row["step"] else "before" for row in rows],
-        "greedy accuracy": [interval(row, "accuracy") for row in rows],
-        "sampled accuracy": [interval(row, "accuracy_sampled") for row in rows],
-        f"pass@{k}": [f"{row['pass_at_k'][k]:.1%}" for row in rows],
-        "length, tokens": [f"{row['length']:.1f}" for row in rows],
-        "truncated": [f"{row['truncated']:.1%}" for row in rows],
-        "worked answers": [f"{row['worked']:.1%}" for row in rows if "worked" in row],
-        "made to show steps": [f"{row['accuracy_worked']:.1%} right" for row in rows if "accuracy_worked" in row],
-    }
-    return "\n".join(f"  {name:18}" + "".join(f"{v:>22}" for v in values) for name, values in lines.items() if values)
-
-
-def show_rollouts(step: int, rollouts: list[Rollout]) -> None:
-    """Completions of three prompts, right and wrong ones where there are both."""
-    one_each = {r.prompt: r for r in rollouts}.values()
-    right, wrong = [r for r in one_each if r.parts["correct"]], [r for r in one_each if not r.parts["correct"]]
-    for r in (right[:2] + wrong[:1] + wrong[1:3] + right[2:3])[:3]:
-        mark = "right" if r.parts["correct"] else "wrong"
-        tqdm.write(f"step {step} {mark}, advantage {r.advantage:+.2f}:  {printable(r.prompt)}  ->  {printable(r.text)}")
-
-
-def show_group(rollouts: list[Rollout], tokenizer, config: Config) -> None:
-    """One whole group, of mixed rewards if there is one: reward, advantage, weight of each token, tokens."""
-    first = next((i for i, r in enumerate(rollouts) if not r.dead), 0) // config.group_size * config.group_size
-    lengths = torch.tensor([r.length for r in rollouts])
-    weights = token_weights(lengths, config.loss_weight, config.max_completion_tokens).tolist()
-    print(f"one group, the completions of {printable(rollouts[first].prompt, 2000)}")
-    print("  (weight: of each of its tokens in the loss)\n  reward advantage    weight length  tokens")
-    for r, weight in list(zip(rollouts, weights, strict=True))[first : first + config.group_size]:
-        tokens = printable(" ".join(tokenizer.convert_ids_to_tokens(r.completion_ids)), 2000)
-        print(f"  {r.reward:6.2f} {r.advantage:+9.3f} {weight:9.2e} {r.length:6d}  {tokens}")
-
-
-# ==== 9. train() and main() ===========================================================================================
-
-
-def local_name(name: str) -> str:
-    """A model's folder that comes with this file is found from anywhere."""
-    return str(HERE / name) if not Path(name).exists() and (HERE / name).exists() else name
-
-
-def load_model(name: str):
-    """The causal language model in float32, without dropout, and its tokenizer; from a folder or the Hub."""
-    transformers.utils.logging.disable_progress_bar()  # of loading and saving: they would break up our own
-    name = local_name(name)
-    if not Path(name).exists():
-        print(f"there is no folder {name} here: looking for it on the Hugging Face Hub")
-    config_file = Path(name) / "config.json"
-    try:
-        if config_file.is_file() and json.loads(config_file.read_text()).get("model_type") == "mathformer":
-            import_module("mathformer")  # registers the architecture
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        # Float32 weights: at a learning rate of 1e-6 most updates are smaller than bf16 can represent.
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-        misfits = [f"{key} is missing" for key in sorted(report["missing_keys"])]
-        misfits += [f"{key} is {list(a)}, not {list(b)}" for key, a, b in sorted(report["mismatched_keys"])]
-        if misfits:  # these would be random numbers
-            raise ValueError(f"its weights do not fit its config.json: {misfits[0]}, and {len(misfits) - 1} more.")
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"model {name!r} cannot be loaded: {reason} Give a folder, or a name on the Hub.") from error
-    for module in model.modules():  # with dropout, the policy that is trained would not be the one that was sampled
-        for setting, value in list(vars(module).items()):
-            is_dropout = "drop" in setting or (setting == "p" and isinstance(module, nn.modules.dropout._DropoutNd))
-            if is_dropout and isinstance(value, float):
-                setattr(module, setting, 0.0)
-    return model, tokenizer
-
-
-def find_eos(model, tokenizer) -> list[int]:
-    """Every token that ends an answer: chat models often have more than one."""
-    ids = model.generation_config.eos_token_id
-    eos = {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
-    if not eos:
-        raise UsageError("neither the tokenizer nor the generation config of this model names an end-of-sequence token")
-    return sorted(eos)
-
-
-def make_accelerator(config: Config) -> Accelerator:
-    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not present.get(config.device, True):
-        here = ", ".join(device for device in present if present[device])
-        raise UsageError(f"there is no device {config.device!r} here, only {here}")
-    on_cuda = present["cuda"] and config.device in ("auto", "cuda")
-    has_bf16 = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    if config.precision == "bf16" and on_cuda and not has_bf16:
-        raise UsageError("this GPU has no bf16: use --precision fp32")
-    use_bf16 = {"auto": has_bf16, "fp32": False, "bf16": True}[config.precision]
-    return Accelerator(cpu=config.device == "cpu", mixed_precision="bf16" if use_bf16 else "no")
+# ==== 7. train() and main() ===========================================================================================
 
 
 def evaluation_problems(task, tokenizer, model, config: Config) -> list[Problem]:
@@ -1415,37 +953,6 @@ def check_logits(model, prompt: list[int]) -> None:
     own, ours = model(ids).logits.float(), output_logits(model, model.base_model(ids).last_hidden_state)
     if not torch.allclose(own, ours, atol=1e-2):
         raise UsageError(f"{type(model).__name__} scales or caps its logits behind the output head: not supported yet")
-
-
-@contextmanager
-def finish_step_on_signal():
-    """Ctrl-C and SIGTERM set the event, so that the step is finished and saved; a second Ctrl-C stops at once."""
-    stop = threading.Event()
-
-    def on_signal(number, frame):
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-        tqdm.write("stopping: this step is finished and saved first (once more to stop at once)")
-
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield stop
-        return
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def peak_memory(device: torch.device) -> float:
-    """Most memory used so far, in GB: of the GPU, or of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def make_sampler(folder: "RunFolder | None", model, eos, policy, problems, accelerator, config: Config):
@@ -1579,74 +1086,16 @@ def train(config: Config) -> dict[str, Any]:
         print(f"stopped after step {step}; go on with: python grpo.py --resume {folder.path}")
         return result | {"interrupted": True}
     if config.steps == 0:
-        show_group(collect(sampler, tokenizer, task, config, 1)[0], tokenizer, config)
+        rollouts, _ = collect(sampler, tokenizer, task, config, 1)
+        lengths = torch.tensor([r.length for r in rollouts])
+        weights = token_weights(lengths, config.loss_weight, config.max_completion_tokens).tolist()
+        show_group(rollouts, weights, tokenizer, config.group_size)
         return result
     model.save_pretrained(folder.path / "final")
     tokenizer.save_pretrained(folder.path / "final")
     print(evaluation_table([evaluations[0], evaluations[-1]]))
     print(f"{time.time() - started:.0f} s; model: {folder.path / 'final'}, curves: {folder.plot()}")
     return result
-
-
-def parse_config(argv: list[str]) -> Config:
-    """Command line over environment (GRPO_<SETTING>) over --config files (the later wins) over the defaults.
-
-    Raises:
-        UsageError: a file or a setting that does not exist, or a value that is not allowed.
-    """
-    import jsonargparse
-
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", action="append", default=[])
-    for name in ("resume", "model", "task"):
-        first.add_argument(f"--{name}", default=os.environ.get(f"GRPO_{name.upper()}", ""))
-    known, _ = first.parse_known_args(argv)
-    if known.resume and known.config:
-        raise UsageError("--resume uses the run's own settings: leave --config out")
-    files, hint = [Path(file) for file in known.config], ""
-    if known.resume:
-        files, hint = [Path(known.resume) / "config.yaml"], "; is it a run's folder?"
-    elif not (files or known.model or known.task):
-        files, hint = [PRESET], "; give --model and --task"
-    for file in files:
-        if not file.is_file():
-            raise UsageError(f"there is no file {file}{hint}")
-
-    names = {f"GRPO_{f.name.upper()}" for f in dataclasses.fields(Config)}
-    for name in os.environ:
-        if name.startswith("GRPO_") and name not in names:
-            raise UsageError(f"the environment sets {name}, but there is no such setting")
-
-    asked_for_help = bool({"-h", "--help"} & set(argv))
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)  # these become the help
-    parser = jsonargparse.ArgumentParser(
-        usage="python grpo.py [--config FILE] [--SETTING VALUE ...]",
-        description=f"{__doc__.splitlines()[0]} With no --model, --task or --config, the arithmetic preset "
-        f"({PRESET.relative_to(HERE)}) applies. Settings come from the command line, else from GRPO_<SETTING> in the "
-        "environment, else from the --config files, else from the defaults below.",
-        default_config_files=[] if asked_for_help else [glob.escape(str(file)) for file in files],
-        default_env=not asked_for_help,  # a line on each setting with its variable's name would be clutter
-        env_prefix="GRPO",
-        exit_on_error=False,
-    )
-    parser.add_argument("--config", action="append", type=str, help="YAML file of settings; several stack")
-    parser.add_class_arguments(Config, as_group=False)
-    try:
-        settings = parser.parse_args(argv).as_dict()
-    except jsonargparse.ArgumentError as error:
-        raise UsageError(" ".join(str(error).split())) from error
-    config = Config(**{f.name: settings[f.name] for f in dataclasses.fields(Config)})
-    if known.resume:
-        before = Config(**yaml.safe_load(files[0].read_text()))
-        for f in dataclasses.fields(Config):
-            was, now = getattr(before, f.name), getattr(config, f.name)
-            is_fixed = f.name not in CHANGEABLE_ON_RESUME or (f.name == "steps" and config.lr_schedule != "constant")
-            if was != now and is_fixed:
-                raise UsageError(
-                    f"{f.name} was {was!r} in {known.resume} and cannot become {now!r} on the way; "
-                    f"what can change: {', '.join(sorted(CHANGEABLE_ON_RESUME - {'resume'}))}"
-                )
-    return config
 
 
 def main(argv: list[str] | None = None) -> None:

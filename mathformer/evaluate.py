@@ -24,6 +24,7 @@ from mathformer.model import SIZES
 from mathformer.task import ArithmeticTask
 from mathformer.tokenizer import ANSWER, build_tokenizer
 from mathformer.train import SETTINGS_FILE, task_settings
+from run_folder import printable
 
 
 @dataclasses.dataclass
@@ -157,7 +158,7 @@ def show_expression(text: str, sampler, tokenizer, task: ArithmeticTask, config:
     sampled = grpo.complete(sampler, tokenizer, task, problem, 100, config.sampling, config.seed)
     answers = Counter(r.parts["prediction"] for r in sampled).most_common(5)
     for name, rollout in (("most likely", greedy), ("made to show steps", worked)):
-        print(f"  {name:20}{'right' if rollout.parts['correct'] else 'wrong'}  {grpo.printable(rollout.text, 1000)}")
+        print(f"  {name:20}{'right' if rollout.parts['correct'] else 'wrong'}  {printable(rollout.text, 1000)}")
     print(f"  {'of 100 samples':20}{', '.join(f'{n} answer {answer}' for answer, n in answers)}")
     print(f"  {'value':20}{example['value']}")
 

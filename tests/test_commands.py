@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import PRETRAINED
+from safetensors.torch import load_file
 
 import grpo
 from mathformer import evaluate, train, train_rl
@@ -23,7 +24,7 @@ TINY = dict(modelsize="tiny", max_depth=1, steps=100, batch_size=32, final_share
 
 
 def weights(folder) -> dict:
-    return grpo.load_file(Path(folder) / "model.safetensors")
+    return load_file(Path(folder) / "model.safetensors")
 
 
 def said_at_exit(main, argv: list[str]) -> str:

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,12 @@ import transformers
 import yaml
 from accelerate.state import AcceleratorState
 from conftest import PRETRAINED
+from safetensors.torch import load_file
 
 import grpo
+import loading
+import run_folder
+import settings
 from mathformer.train import build_model
 
 NOT_REPEATABLE = {"seconds_sample", "seconds_train", "seconds_sync", "tokens_per_second", "peak_memory"}
@@ -65,7 +70,7 @@ def repeatable(metrics: list[dict]) -> list[dict]:
 
 
 def weights(folder) -> dict:
-    return grpo.load_file(Path(folder) / "model.safetensors")
+    return load_file(Path(folder) / "model.safetensors")
 
 
 def test_a_run_leaves_a_complete_folder(run, tmp_path, pays_length):
@@ -154,7 +159,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(run, monkeypatch, capsys, 
 def test_resume_takes_later_rows_out_of_the_logs(run, pays_length):
     summary = run(steps=3, save_steps=2)
     folder = Path(summary["run"])
-    grpo.shutil.rmtree(folder / "checkpoint-3")  # as if the run had been killed before it was written
+    shutil.rmtree(folder / "checkpoint-3")  # as if the run had been killed before it was written
     grpo.train(grpo.parse_config(["--resume", str(folder)]))
     assert [row["step"] for row in rows(folder, "metrics.jsonl")] == [1, 2, 3]
     assert len((folder / "metrics.csv").read_text().splitlines()) == 4
@@ -260,7 +265,7 @@ def test_a_task_of_a_module(run):
 
 def test_the_plain_command_is_the_arithmetic_preset():
     config = grpo.parse_config([])
-    preset = yaml.safe_load(grpo.PRESET.read_text())
+    preset = yaml.safe_load(settings.PRESET.read_text())
     assert {key: getattr(config, key) for key in preset} == preset
     assert grpo.parse_config(["--lr", "1e-5"]).lr == 1e-5
     assert grpo.parse_config(["--model", "m", "--task", "t"]).lr == 1e-6, "the small model's rate is for it alone"
@@ -294,7 +299,7 @@ def test_help_has_every_setting_with_its_sentence(capsys):
         grpo.main(["--help"])
     out = " ".join(capsys.readouterr().out.split())
     assert stopped.value.code == 0 and "arithmetic preset" in out
-    source = Path(grpo.__file__).read_text()
+    source = Path(settings.__file__).read_text().split("class Config")[1]
     for f in dataclasses.fields(grpo.Config):
         sentence = source.split(f"\n    {f.name}: ")[1].split('"""')[1]
         assert f"--{f.name}" in out and " ".join(sentence.split()) in out, f.name
@@ -369,7 +374,7 @@ def test_a_changed_setting_is_refused_on_resume(run, pays_length):
     with pytest.raises(grpo.UsageError, match="lr was 0.001 .* cannot become 0.5"):
         grpo.parse_config(["--resume", folder, "--lr", "0.5"])
     with pytest.raises(grpo.UsageError, match="leave --config out"):
-        grpo.parse_config(["--resume", folder, "--config", str(grpo.PRESET)])
+        grpo.parse_config(["--resume", folder, "--config", str(settings.PRESET)])
     with pytest.raises(grpo.UsageError, match="past step 2"):
         grpo.train(grpo.parse_config(["--resume", folder, "--steps", "2"]))
     scheduled = str(run(lr_schedule="linear")["run"])
@@ -417,8 +422,8 @@ def test_resume_without_a_checkpoint(run, pays_length):
 
 
 def test_terminal_text_cannot_move_the_cursor():
-    assert grpo.printable("a\x1b[2Jb\nc\r") == "a\\x1b[2Jb\\nc\\r"
-    assert len(grpo.printable("x" * 1000)) < 200
+    assert run_folder.printable("a\x1b[2Jb\nc\r") == "a\\x1b[2Jb\\nc\\r"
+    assert len(run_folder.printable("x" * 1000)) < 200
 
 
 @pytest.mark.parametrize("recipe", ["countdown-workshop", "countdown-3b"])
@@ -441,4 +446,4 @@ def test_countdown_recipes_run_on_a_tiny_local_model(recipe, qwen3_folder, tmp_p
 @pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_is_a_valid_config(path):
     config = grpo.parse_config(["--config", str(path)])
-    assert config.model and config.task in grpo.TASKS and config.about
+    assert config.model and config.task in loading.TASKS and config.about

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -132,7 +133,7 @@ def test_a_run_with_vllm_repeats_resumes_and_agrees_with_its_trainer(config, mon
 
     rollouts, metrics = rows("rollouts.jsonl"), rows("metrics.jsonl")
     assert max(row["sampler_logp_gap"] for row in metrics) < 1e-3 and metrics[-1]["grad_norm"] > 0
-    grpo.shutil.rmtree(whole["run"] / "checkpoint-4")
+    shutil.rmtree(whole["run"] / "checkpoint-4")
     grpo.train(grpo.parse_config(["--resume", str(whole["run"])]))
     assert rows("rollouts.jsonl") == rollouts
     final = grpo.VLLMSampler(

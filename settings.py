@@ -1,0 +1,243 @@
+"""The settings of a run: what there is, what is allowed, and where the values come from.
+
+`Config` has one field for each, with a sentence that `python grpo.py --help` shows. `parse_config` fills it from the
+command line, the environment and YAML files.
+"""
+
+import argparse
+import dataclasses
+import glob
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args, get_origin
+
+import yaml
+
+HERE = Path(__file__).resolve().parent
+PRESET = HERE / "configs" / "arithmetic.yaml"  # what the plain command runs
+
+
+class UsageError(Exception):
+    """Something a person has to change: shown as one line, without a traceback."""
+
+
+class Sampling(NamedTuple):
+    """How to sample: what vLLM calls SamplingParams. Temperature 0 takes the most likely token."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclass
+class Config:
+    """All settings. The defaults are safe for language models of 0.5B parameters and more."""
+
+    # What is trained, and on what
+    model: str = ""
+    """Hugging Face model: a folder, or a name on the Hub"""
+    task: str = ""
+    """a built-in task (arithmetic, countdown, gsm8k, math), module:Class, or path/to/file.py:Class"""
+    task_args: dict[str, Any] = field(default_factory=dict)
+    """arguments of the task, for example --task_args.max_depth 2"""
+    seed: int = 0
+    """seed of everything random; on a CPU the same seed gives the same run"""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """where to run; auto takes a GPU if there is one"""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """arithmetic of the forward and backward pass (weights are always fp32); auto is bf16 on CUDA, else fp32"""
+    about: str = ""
+    """a sentence about this recipe, printed at the start"""
+
+    # Sampling
+    sampler: Literal["auto", "vllm", "torch"] = "auto"
+    """what writes the completions: vllm, fast, or torch, anywhere; auto is vllm on a CUDA GPU if it is installed"""
+    kv_cache_gb: float = 0.0
+    """memory for vLLM's key-value cache; 0 is what a step's completions need, at most half of what is free"""
+    prompts_per_step: int = 32
+    """P, the prompts of a step"""
+    group_size: int = 8
+    """G, the completions of each prompt that are compared with each other"""
+    max_prompt_tokens: int = 512
+    """longer prompts are left out and counted"""
+    max_completion_tokens: int = 1024
+    """a completion is cut off here, and then counts as truncated"""
+    temperature: float = 1.0
+    """sampling temperature; training divides the logits by it too"""
+    top_p: float = 1.0
+    """nucleus sampling; 1 is off"""
+    top_k: int = 0
+    """sample from the k most likely tokens only; 0 is off"""
+    sample_rows: int = 256
+    """completions that are sampled at the same time, but at least one whole group"""
+
+    # The algorithm
+    advantage: Literal["grpo", "dr_grpo"] = "grpo"
+    """how rewards of a group become advantages (group_advantages)"""
+    loss_weight: Literal["token", "sequence", "constant"] = "token"
+    """how tokens are averaged: token (DAPO), sequence (GRPO), constant (Dr. GRPO) (token_weights)"""
+    clip_low: float = 0.2
+    """the ratio is clipped below 1 - clip_low"""
+    clip_high: float = 0.2
+    """the ratio is clipped above 1 + clip_high (DAPO: 0.28)"""
+    kl_coef: float = 0.0
+    """weight of the KL penalty toward the model as it was at the start; 0 needs no second model"""
+    kl_kind: Literal["k1", "k2", "k3"] = "k3"
+    """estimator of that KL (kl_estimate)"""
+    kl_target: float = 0.0
+    """let kl_coef, then only its first value, rise and fall so that kl_ref comes to this (adapted_kl_coef); 0 is off"""
+    old_logps: Literal["sampler", "trainer"] = "sampler"
+    """whose log-probs the ratio is taken against; with top_k or top_p on it is always the trainer"""
+    epochs: int = 1
+    """passes over the completions of a step"""
+    minibatches: int = 1
+    """optimizer steps a pass; must divide prompts_per_step * group_size"""
+    drop_dead_groups: bool | None = None
+    """leave groups of equal rewards out of the backward pass; by default exactly when kl_coef is 0"""
+    offload_reference: bool = False
+    """keep the reference model on the CPU while it is not needed"""
+
+    # Optimization
+    steps: int = 500
+    """GRPO steps; 0 only evaluates and shows one group"""
+    lr: float = 1e-6
+    """peak learning rate of AdamW"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """after the warm-up: constant, or down to 0 along a line or a cosine"""
+    warmup_steps: int = 0
+    """steps in which the learning rate rises to its peak"""
+    weight_decay: float = 0.0
+    """AdamW's weight decay"""
+    grad_clip: float = 1.0
+    """largest norm of the gradient; a longer one is scaled down to it"""
+    tokens_per_microbatch: int = 16384
+    """tokens, padding included, that go through the model at once: lower it when memory runs out"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: slower, with less memory"""
+
+    # Evaluation
+    eval_steps: int = 50
+    """evaluate every so many steps, besides before the first and after the last; 0 only then"""
+    eval_samples: int = 8
+    """sampled completions of each evaluation prompt, besides a greedy one"""
+
+    # What is kept and shown
+    runs: str = "runs"
+    """folder in which the run's own folder is made"""
+    save_steps: int = 50
+    """write a checkpoint every so many steps"""
+    keep_last: int = 2
+    """checkpoints to keep"""
+    print_steps: int = 50
+    """show three completions every so many steps; 0 shows none"""
+    resume: str = ""
+    """folder of a run to go on with; its settings are used"""
+
+    def __post_init__(self):
+        if not self.model or not self.task:
+            raise UsageError("both --model and --task are needed (or neither: then the arithmetic preset runs)")
+        for f in dataclasses.fields(self):
+            value, choices = getattr(self, f.name), get_args(f.type)
+            if get_origin(f.type) is Literal and value not in choices:
+                raise UsageError(f"{f.name} is {value!r}, it must be one of {', '.join(choices)}")
+            if f.name in LOWEST and not LOWEST[f.name] <= value < math.inf:
+                why = " (with one completion there is nothing to compare it with)" if f.name == "group_size" else ""
+                raise UsageError(f"{f.name} is {value}, it must be {LOWEST[f.name]} or more{why}")
+            if f.name in ("temperature", "top_p", "lr", "grad_clip") and not 0 < value < math.inf:
+                raise UsageError(f"{f.name} is {value}, it must be greater than 0")
+        if self.top_p > 1:
+            raise UsageError(f"top_p is {self.top_p}, it must be at most 1")
+        if self.kl_target and not self.kl_coef:
+            raise UsageError("kl_target changes kl_coef by factors, so kl_coef must start above 0: try 0.05")
+        if (rows := self.prompts_per_step * self.group_size) % self.minibatches:
+            raise UsageError(f"minibatches is {self.minibatches}, it must divide the {rows} completions of a step")
+
+    @property
+    def samples_all_tokens(self) -> bool:
+        """Whether the sampler draws from the policy itself, and not from its most likely tokens only."""
+        return self.top_k == 0 and self.top_p == 1
+
+    @property
+    def uses_trainer_logps(self) -> bool:
+        return self.old_logps == "trainer" or not self.samples_all_tokens
+
+    @property
+    def drops_dead_groups(self) -> bool:
+        return self.kl_coef == 0 if self.drop_dead_groups is None else self.drop_dead_groups
+
+    @property
+    def sampling(self) -> "Sampling":
+        return Sampling(self.max_completion_tokens, self.temperature, self.top_p, self.top_k)
+
+
+LOWEST = dict(group_size=2, prompts_per_step=1, max_prompt_tokens=1, max_completion_tokens=1, sample_rows=1, epochs=1)
+LOWEST |= dict(minibatches=1, tokens_per_microbatch=1, eval_samples=1, save_steps=1, keep_last=1, steps=0, top_k=0)
+LOWEST |= dict(kl_coef=0, kl_target=0, clip_low=0, clip_high=0, warmup_steps=0, weight_decay=0, eval_steps=0)
+LOWEST |= dict(print_steps=0, kv_cache_gb=0)
+CHANGEABLE_ON_RESUME = {"steps", "eval_steps", "save_steps", "keep_last", "print_steps", "about", "runs", "resume"}
+CHANGEABLE_ON_RESUME |= {"tokens_per_microbatch", "gradient_checkpointing", "offload_reference"}  # what memory needs
+
+
+
+def parse_config(argv: list[str]) -> Config:
+    """Command line over environment (GRPO_<SETTING>) over --config files (the later wins) over the defaults.
+
+    Raises:
+        UsageError: a file or a setting that does not exist, or a value that is not allowed.
+    """
+    import jsonargparse
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", action="append", default=[])
+    for name in ("resume", "model", "task"):
+        first.add_argument(f"--{name}", default=os.environ.get(f"GRPO_{name.upper()}", ""))
+    known, _ = first.parse_known_args(argv)
+    if known.resume and known.config:
+        raise UsageError("--resume uses the run's own settings: leave --config out")
+    files, hint = [Path(file) for file in known.config], ""
+    if known.resume:
+        files, hint = [Path(known.resume) / "config.yaml"], "; is it a run's folder?"
+    elif not (files or known.model or known.task):
+        files, hint = [PRESET], "; give --model and --task"
+    for file in files:
+        if not file.is_file():
+            raise UsageError(f"there is no file {file}{hint}")
+
+    names = {f"GRPO_{f.name.upper()}" for f in dataclasses.fields(Config)}
+    for name in os.environ:
+        if name.startswith("GRPO_") and name not in names:
+            raise UsageError(f"the environment sets {name}, but there is no such setting")
+
+    asked_for_help = bool({"-h", "--help"} & set(argv))
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)  # these become the help
+    parser = jsonargparse.ArgumentParser(
+        usage="python grpo.py [--config FILE] [--SETTING VALUE ...]",
+        description="Trains a language model with Group Relative Policy Optimization. With no --model, --task or "
+        f"--config, the arithmetic preset ({PRESET.relative_to(HERE)}) applies. Settings come from the command line, else from GRPO_<SETTING> in the "
+        "environment, else from the --config files, else from the defaults below.",
+        default_config_files=[] if asked_for_help else [glob.escape(str(file)) for file in files],
+        default_env=not asked_for_help,  # a line on each setting with its variable's name would be clutter
+        env_prefix="GRPO",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="append", type=str, help="YAML file of settings; several stack")
+    parser.add_class_arguments(Config, as_group=False)
+    try:
+        settings = parser.parse_args(argv).as_dict()
+    except jsonargparse.ArgumentError as error:
+        raise UsageError(" ".join(str(error).split())) from error
+    config = Config(**{f.name: settings[f.name] for f in dataclasses.fields(Config)})
+    if known.resume:
+        before = Config(**yaml.safe_load(files[0].read_text()))
+        for f in dataclasses.fields(Config):
+            was, now = getattr(before, f.name), getattr(config, f.name)
+            is_fixed = f.name not in CHANGEABLE_ON_RESUME or (f.name == "steps" and config.lr_schedule != "constant")
+            if was != now and is_fixed:
+                raise UsageError(
+                    f"{f.name} was {was!r} in {known.resume} and cannot become {now!r} on the way; "
+                    f"what can change: {', '.join(sorted(CHANGEABLE_ON_RESUME - {'resume'}))}"
+                )
+    return config
