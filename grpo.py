@@ -14,8 +14,8 @@ can be used for more than one update. One step:
     7. sum over tokens with one weight a row, backward, clip, AdamW      token_weights, update
 
 There is no learned reward model, no critic and no replay. Lines that a student will want to change are marked
-`# GRPO:`. What is not the algorithm is next door: settings.py (every setting, from command line and YAML), loading.py (task,
-model, device), run_folder.py (logs, checkpoints, curves).
+`# GRPO:`. What is not the algorithm is next door: settings.py (every setting, from command line and YAML), loading.py
+(task, model, device), memory.py (what a run needs of a card), run_folder.py (logs, checkpoints, curves).
 
     python grpo.py                              arithmetic on a CPU, about a minute, no download
     python grpo.py --steps 0                    evaluate, show one group of completions, stop

@@ -216,8 +216,8 @@ def parse_config(argv: list[str]) -> Config:
     parser = jsonargparse.ArgumentParser(
         usage="python grpo.py [--config FILE] [--SETTING VALUE ...]",
         description="Trains a language model with Group Relative Policy Optimization. With no --model, --task or "
-        f"--config, the arithmetic preset ({PRESET.relative_to(HERE)}) applies. Settings come from the command line, else from GRPO_<SETTING> in the "
-        "environment, else from the --config files, else from the defaults below.",
+        f"--config, the arithmetic preset ({PRESET.relative_to(HERE)}) applies. Settings come from the command line, "
+        "else from GRPO_<SETTING> in the environment, else from the --config files, else from the defaults below.",
         default_config_files=[] if asked_for_help else [glob.escape(str(file)) for file in files],
         default_env=not asked_for_help,  # a line on each setting with its variable's name would be clutter
         env_prefix="GRPO",
