@@ -34,7 +34,6 @@ from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,7 +48,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from loading import find_eos, load_model, load_task, local_name, make_accelerator
+from loading import choose_sampler, find_eos, load_model, load_model_config, load_task, local_name, make_accelerator
+from memory import LOGITS_CHUNK, Shape, check_memory, free_memory, vllm_cache_bytes
 from run_folder import (
     RunFolder,
     evaluation_table,
@@ -190,6 +190,9 @@ class TorchSampler:
         self.eos = torch.tensor(eos_ids, device=self.device)
         self.generator = torch.Generator(self.device)  # its own, so that sampling does not depend on anything else
 
+    def sleep(self) -> None:
+        """Called before each update."""
+
     def sync(self) -> None:
         """Called after each update. Nothing to do: these are the trainer's own weights."""
 
@@ -272,29 +275,25 @@ class VLLMSampler:
         # In this process: weights are then handed over by reference. Before the import, which reads it.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        try:
-            import vllm
-        except ImportError as error:
-            raise UsageError(
-                "sampler is vllm, but vLLM cannot be imported: pip install -r requirements-gpu.txt, or --sampler torch "
-                f"({error})"
-            ) from error
+        import vllm
+
         if model.config.model_type == "mathformer":
             import_module("mathformer").register_with_vllm()
         self.model, self.eos, self.params = model, eos_ids, vllm.SamplingParams
-        self.on_cpu = not torch.cuda.is_available()
+        self.on_cpu, self.sleeps, self.asleep = not torch.cuda.is_available(), config.vllm_sleep, False
         longest = config.max_prompt_tokens + config.max_completion_tokens + 32  # the evaluation may add a prefix
-        rows = config.prompts_per_step * config.group_size
+        free = free_memory(next(model.parameters()).device)
         settings = dict(
             dtype="bfloat16" if bf16 else "float32",
             hf_overrides={"head_dtype": "float32"},  # logits in float32, as the trainer's are
             max_model_len=min(longest, getattr(model.config, "max_position_embeddings", longest)),
-            kv_cache_memory_bytes=int(1e9 * config.kv_cache_gb) or kv_cache_bytes(model, rows * longest, bf16),
+            kv_cache_memory_bytes=vllm_cache_bytes(Shape.of(model.config), config, bf16, free),
             gpu_memory_utilization=0.05,  # only checked against: the line above says what is taken
             logprobs_mode="processed_logprobs",  # of the distribution that is sampled from, temperature included
             generation_config="vllm",  # and not sampling settings that a model brings along
             skip_tokenizer_init=True,  # token ids in, token ids out
             enforce_eager=self.on_cpu,
+            enable_sleep_mode=config.vllm_sleep,
             seed=config.seed,
         )
         try:
@@ -320,25 +319,27 @@ class VLLMSampler:
             for c in output.outputs
         ]
 
+    def sleep(self) -> None:
+        """Gives back the memory of weights and cache, if the settings say so, until the next `sync`."""
+        if self.sleeps:
+            self.llm.sleep(level=2)  # 2: the weights are dropped, not kept on the CPU, since new ones will come
+            self.asleep = True
+
     def sync(self) -> None:
         """Gives vLLM the trainer's weights, and makes it forget what it has cached of prompts under the old ones."""
+        if self.asleep:
+            torch.cuda.empty_cache()  # what the update has used goes back to the card, which vLLM now takes from
+            self.llm.wake_up(["weights"])
         weights = iter(self.model.named_parameters())
         self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=weights))
         if self.on_cpu and self.model.config.tie_word_embeddings:
             # vLLM's CPU build keeps the head in a packed copy, which the reload leaves as it was
             self.llm.apply_model(lambda m: m.lm_head.quant_method.process_weights_after_loading(m.lm_head))
+        if self.asleep:
+            self.llm.wake_up(["kv_cache"])
+            self.asleep = False
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache: it would answer with keys of the old weights")
-
-
-def kv_cache_bytes(model: nn.Module, tokens: int, bf16: bool) -> int:
-    """Bytes of the keys and values of so many tokens, at least 0.1 GB, at most half of the memory that is free."""
-    c = model.config.get_text_config()
-    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-    width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    needed = tokens * 2 * c.num_hidden_layers * heads * width * (2 if bf16 else 4)
-    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 8e9
-    return int(min(max(1.2 * needed, 1e8), free / 2))
 
 
 @torch.no_grad()
@@ -552,7 +553,7 @@ class Policy(nn.Module):
     One module call, so that whatever wraps the module (mixed precision, data parallelism) wraps all of it.
     """
 
-    CHUNK = 2048  # tokens whose logits exist at the same time: 16k tokens of a 152k vocabulary would be 9.3 GiB
+    CHUNK = LOGITS_CHUNK
 
     def __init__(self, model: nn.Module, temperature: float = 1.0):
         super().__init__()
@@ -955,29 +956,17 @@ def check_logits(model, prompt: list[int]) -> None:
         raise UsageError(f"{type(model).__name__} scales or caps its logits behind the output head: not supported yet")
 
 
-def make_sampler(folder: "RunFolder | None", model, eos, policy, problems, accelerator, config: Config):
-    """The sampler that the config asks for; vLLM's is tested."""
-    kind = config.sampler
-    if kind == "auto":
-        # the small model is as fast with torch, and may have experts, which vLLM's BLOOM has not
-        can = accelerator.device.type == "cuda" and find_spec("vllm") and model.config.model_type != "mathformer"
-        kind = "vllm" if can else "torch"
-    if kind == "torch":
-        return TorchSampler(model, eos, config.sample_rows, accelerator.autocast)
-    name = str(folder.checkpoints()[-1]) if folder else local_name(config.model)
-    sampler = VLLMSampler(name, model, eos, config, accelerator.mixed_precision == "bf16")
-    sampler.sync()
-    check_sampler(sampler, policy, [problem.ids for problem in problems], accelerator, config)
-    return sampler
-
-
 def setup(config: Config):
     """Everything that a run needs, checked before any long work and before a folder is made."""
     task, accelerator = load_task(config.task, config.task_args), make_accelerator(config)
     folder = RunFolder(Path(config.resume)) if config.resume else None
     if folder and not folder.checkpoints():
         raise UsageError(f"{folder.path} holds no checkpoint to go on from: start a new run")
-    model, tokenizer = load_model(str(folder.checkpoints()[-1]) if folder else config.model)
+    name = str(folder.checkpoints()[-1]) if folder else config.model
+    model_config, device, bf16 = load_model_config(name), accelerator.device, accelerator.mixed_precision == "bf16"
+    kind = choose_sampler(config, model_config, device)
+    check_memory(model_config, config, device, bf16, kind == "vllm")
+    model, tokenizer = load_model(name)
     model.eval()
     problems, eos = evaluation_problems(task, tokenizer, model, config), find_eos(model, tokenizer)
     check_logits(model, problems[0].ids)
@@ -987,9 +976,15 @@ def setup(config: Config):
         model.gradient_checkpointing_enable()
     torch.manual_seed(config.seed)
     policy = Policy(model, config.temperature)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    fused = device.type == "cuda"  # one kernel, without a copy of all moments on the way
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=fused)
     policy, optimizer = accelerator.prepare(policy, optimizer)
-    sampler = make_sampler(folder, model, eos, policy, problems, accelerator, config)
+    if kind == "vllm":
+        sampler = VLLMSampler(local_name(name), model, eos, config, bf16)
+        sampler.sync()
+        check_sampler(sampler, policy, [problem.ids for problem in problems], accelerator, config)
+    else:
+        sampler = TorchSampler(model, eos, config.sample_rows, accelerator.autocast)
     reference = None
     if config.kl_coef > 0:
         reference = Policy(load_model(config.model)[0], config.temperature).requires_grad_(False)
@@ -1040,6 +1035,7 @@ def train(config: Config) -> dict[str, Any]:
             step += 1
             start = time.time()
             rollouts, too_long = collect(sampler, tokenizer, task, config, step)
+            sampler.sleep()
             sampled = time.time()
             if config.uses_trainer_logps:
                 add_logps("old_logps", policy, rollouts, accelerator, config)

@@ -2,9 +2,12 @@
 
 import inspect
 import json
+import os
 import runpy
 import sys
+from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -51,28 +54,44 @@ def local_name(name: str) -> str:
     return str(HERE / name) if not Path(name).exists() and (HERE / name).exists() else name
 
 
-def load_model(name: str):
-    """The causal language model in float32, without dropout, and its tokenizer; from a folder or the Hub."""
-    transformers.utils.logging.disable_progress_bar()  # of loading and saving: they would break up our own
+@contextmanager
+def readable_errors(name: str):
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"model {name!r} cannot be loaded: {reason} Give a folder (`hf download NAME --local-dir FOLDER` makes a "
+            "copy of a model), or a name on the Hub."
+        ) from error
+
+
+def load_model_config(name: str):
+    """The architecture and its sizes, without weights; from a folder or the Hub."""
     name = local_name(name)
     if not Path(name).exists():
         print(f"there is no folder {name} here: looking for it on the Hugging Face Hub")
     config_file = Path(name) / "config.json"
-    try:
+    with readable_errors(name):
         if config_file.is_file() and json.loads(config_file.read_text()).get("model_type") == "mathformer":
             import_module("mathformer")  # registers the architecture
+        return transformers.AutoConfig.from_pretrained(name)
+
+
+def load_model(name: str):
+    """The causal language model in float32, without dropout, and its tokenizer; from a folder or the Hub."""
+    transformers.utils.logging.disable_progress_bar()  # of loading and saving: they would break up our own
+    config, name = load_model_config(name), local_name(name)
+    with readable_errors(name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         # Float32 weights: at a learning rate of 1e-6 most updates are smaller than bf16 can represent.
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            name, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
         misfits = [f"{key} is missing" for key in sorted(report["missing_keys"])]
         misfits += [f"{key} is {list(a)}, not {list(b)}" for key, a, b in sorted(report["mismatched_keys"])]
         if misfits:  # these would be random numbers
             raise ValueError(f"its weights do not fit its config.json: {misfits[0]}, and {len(misfits) - 1} more.")
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"model {name!r} cannot be loaded: {reason} Give a folder, or a name on the Hub.") from error
     for module in model.modules():  # with dropout, the policy that is trained would not be the one that was sampled
         for setting, value in list(vars(module).items()):
             is_dropout = "drop" in setting or (setting == "p" and isinstance(module, nn.modules.dropout._DropoutNd))
@@ -84,9 +103,13 @@ def load_model(name: str):
 def find_eos(model, tokenizer) -> list[int]:
     """Every token that ends an answer: chat models often have more than one."""
     ids = model.generation_config.eos_token_id
-    eos = {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
+    named = {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
+    eos = {token for token in named if token < model.get_input_embeddings().num_embeddings}
     if not eos:
-        raise UsageError("neither the tokenizer nor the generation config of this model names an end-of-sequence token")
+        raise UsageError(
+            "neither the tokenizer nor the generation config of this model names an end-of-sequence token that the "
+            "model has: no answer would ever end. Set eos_token_id in its generation_config.json"
+        )
     return sorted(eos)
 
 
@@ -101,3 +124,25 @@ def make_accelerator(config: Config) -> Accelerator:
         raise UsageError("this GPU has no bf16: use --precision fp32")
     use_bf16 = {"auto": has_bf16, "fp32": False, "bf16": True}[config.precision]
     return Accelerator(cpu=config.device == "cpu", mixed_precision="bf16" if use_bf16 else "no")
+
+
+def choose_sampler(config: Config, model_config, device: torch.device) -> str:
+    """`vllm` or `torch`, as the settings say; a UsageError if vLLM is asked for and cannot run here."""
+    if config.sampler == "auto":
+        # the small model is as fast with torch, and may have experts, which vLLM's BLOOM has not
+        can = device.type == "cuda" and find_spec("vllm") and model_config.model_type != "mathformer"
+        return "vllm" if can else "torch"
+    if config.sampler == "vllm":
+        if not find_spec("vllm"):
+            raise UsageError(
+                "sampler is vllm, which is not installed: pip install -r requirements-gpu.txt, or take --sampler torch"
+            )
+        if device.type == "mps" or (device.type == "cpu" and torch.cuda.is_available()):
+            raise UsageError(f"sampler is vllm, which does not run on {device.type} here: --sampler torch does")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        if config.vllm_sleep and device.type != "cuda":
+            raise UsageError("vllm_sleep is there on a GPU only")
+        platform = import_module("vllm.platforms").current_platform
+        if not platform.is_cpu() and device.type == "cpu":
+            raise UsageError("sampler is vllm, and this build of vLLM needs a GPU, but there is none: --sampler torch")
+    return config.sampler

@@ -57,6 +57,8 @@ class Config:
     """what writes the completions: vllm, fast, or torch, anywhere; auto is vllm on a CUDA GPU if it is installed"""
     kv_cache_gb: float = 0.0
     """memory for vLLM's key-value cache; 0 is what a step's completions need, at most half of what is free"""
+    vllm_sleep: bool = False
+    """give vLLM's memory back while the policy is trained: for small cards"""
     prompts_per_step: int = 32
     """P, the prompts of a step"""
     group_size: int = 8
@@ -178,7 +180,8 @@ LOWEST |= dict(minibatches=1, tokens_per_microbatch=1, eval_samples=1, save_step
 LOWEST |= dict(kl_coef=0, kl_target=0, clip_low=0, clip_high=0, warmup_steps=0, weight_decay=0, eval_steps=0)
 LOWEST |= dict(print_steps=0, kv_cache_gb=0)
 CHANGEABLE_ON_RESUME = {"steps", "eval_steps", "save_steps", "keep_last", "print_steps", "about", "runs", "resume"}
-CHANGEABLE_ON_RESUME |= {"tokens_per_microbatch", "gradient_checkpointing", "offload_reference"}  # what memory needs
+# what memory needs
+CHANGEABLE_ON_RESUME |= {"tokens_per_microbatch", "gradient_checkpointing", "offload_reference", "vllm_sleep"}
 
 
 

@@ -33,15 +33,16 @@ def save_random(model, folder, tokenizer) -> str:
     return str(folder)
 
 
-@pytest.fixture(params=["qwen2 tied", "qwen2", "llama", "qwen3 tied", "mathformer"])
+@pytest.fixture(params=["qwen2 tied", "qwen2", "llama", "smollm tied", "qwen3 tied", "mathformer"])
 def folder(request, tmp_path, tokenizer):
     torch.manual_seed(0)
     name, tied = request.param.split()[0], "tied" in request.param
     if name == "mathformer":  # heads of 32, the narrowest that vLLM's CPU kernels take
         return save_random(build_model("medium", tokenizer), tmp_path, tokenizer)
     more = dict(head_dim=32) if name == "qwen3" else {}
-    config = {"qwen2": transformers.Qwen2Config, "llama": transformers.LlamaConfig, "qwen3": transformers.Qwen3Config}
-    config = config[name](**SHAPE, tie_word_embeddings=tied, initializer_range=0.1, **more)
+    kinds = {"qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config}
+    config = kinds.get(name, transformers.LlamaConfig)(  # SmolLM is a Llama with tied embeddings
+        **SHAPE, tie_word_embeddings=tied, initializer_range=0.1, **more)
     return save_random(transformers.AutoModelForCausalLM.from_config(config), tmp_path, tokenizer)
 
 
@@ -85,6 +86,61 @@ def test_vllm_samples_from_the_model_before_and_after_updates(folder, config):
     assert largest_gap(model, rollouts) > 0.1
     sampler.sync()
     assert largest_gap(model, sampler.generate(PROMPTS, 4, grpo.Sampling(24), seed=3)) < 1e-3
+
+
+@pytest.mark.parametrize("folder", ["qwen2"], indirect=True)
+def test_a_completion_that_ends_at_once_is_its_end_of_sequence_token(folder, config):
+    model, tokenizer = grpo.load_model(folder)
+    with torch.no_grad():  # a head that wants nothing but to end after the first prompt
+        hidden = model.base_model(torch.tensor([PROMPTS[0]])).last_hidden_state[0, -1]
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[2] = 50 * hidden / hidden.square().sum()
+    sampler = grpo.VLLMSampler(folder, model, [2], config, bf16=False)
+    sampler.sync()
+    for rollouts in (
+        sampler.generate(PROMPTS[:1], 4, grpo.Sampling(24), seed=0),
+        grpo.TorchSampler(model, [2]).generate(PROMPTS[:1], 4, grpo.Sampling(24), seed=0),
+    ):
+        assert [(r.completion_ids, r.truncated) for r in rollouts] == [([2], False)] * 4
+        assert largest_gap(model, rollouts) < 1e-3
+    task = StartsWithSeven()
+    problem = grpo.Problem({"prompt": "1+"}, "1+", PROMPTS[0])
+    empty = grpo.complete(sampler, tokenizer, task, [problem], 2, grpo.Sampling(24), seed=0)
+    assert [(r.text, r.length, r.reward) for r in empty] == [("", 1, 0.0)] * 2
+
+
+@pytest.mark.parametrize("folder", ["qwen2 tied"], indirect=True)
+def test_a_sampler_that_sleeps_is_given_its_weights_before_its_cache(folder, config, monkeypatch):
+    """A CPU build of vLLM cannot sleep: what is tested here is the order of the calls."""
+    model, _ = grpo.load_model(folder)
+    sampler = grpo.VLLMSampler(folder, model, [2], config, bf16=False)
+    calls, rpc, reset = [], sampler.llm.collective_rpc, sampler.llm.reset_prefix_cache
+    monkeypatch.setattr(sampler.llm, "sleep", lambda level: calls.append(f"sleep {level}"))
+    monkeypatch.setattr(sampler.llm, "wake_up", lambda tags: calls.append(f"wake {tags}"))
+    monkeypatch.setattr(sampler.llm, "collective_rpc", lambda name, **args: (calls.append(name), rpc(name, **args)))
+    monkeypatch.setattr(sampler.llm, "reset_prefix_cache", lambda: (calls.append("reset"), reset())[1])
+    sampler.sleep()
+    sampler.sync()
+    assert calls == ["reload_weights", "reset"]  # without the setting
+    calls.clear()
+    sampler.sleeps = True
+    sampler.sync()  # at the start it is awake
+    sampler.sleep()
+    sampler.sync()
+    awake = ["reload_weights", "reset"]
+    assert calls == [*awake, "sleep 2", "wake ['weights']", "reload_weights", "wake ['kv_cache']", "reset"]
+    assert largest_gap(model, sampler.generate(PROMPTS, 2, grpo.Sampling(24), seed=3)) < 1e-3
+
+
+@pytest.mark.parametrize("folder", ["qwen2 tied"], indirect=True)
+def test_sleep_without_a_gpu_and_a_missing_gpu_are_one_line(folder, config, monkeypatch):
+    with pytest.raises(grpo.UsageError, match="vllm_sleep is there on a GPU only"):
+        grpo.train(replace(config, vllm_sleep=True))
+    import vllm.platforms
+
+    monkeypatch.setattr(vllm.platforms.current_platform, "is_cpu", lambda: False)
+    with pytest.raises(grpo.UsageError, match="this build of vLLM needs a GPU, but there is none: --sampler torch"):
+        grpo.train(config)
 
 
 def test_the_self_test_passes_and_leaves_the_model_as_it_was(folder, config, accelerator):
@@ -162,16 +218,8 @@ def test_the_gradient_is_that_of_the_torch_sampler(folder, config, accelerator):
 def test_a_countdown_recipe_runs_with_vllm(qwen3_folder, tmp_path):
     argv = ["--config", "configs/countdown-workshop.yaml", "--model", qwen3_folder, "--sampler", "vllm"]
     argv += ["--task_args.dataset", "synthetic", "--task_args.eval_size", "4", "--steps", "3", "--eval_samples", "2"]
-    argv += [
-        "--prompts_per_step",
-        "2",
-        "--max_completion_tokens",
-        "12",
-        "--runs",
-        str(tmp_path),
-        "--kv_cache_gb",
-        "0.1",
-    ]
+    argv += ["--prompts_per_step", "2", "--max_completion_tokens", "12", "--kv_cache_gb", "0.1"]
+    argv += ["--runs", str(tmp_path)]
     run = grpo.train(grpo.parse_config(argv))["run"]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 3 and max(row["sampler_logp_gap"] or 0 for row in rows) < 1e-3

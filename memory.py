@@ -1,0 +1,165 @@
+"""What a run needs of a card's memory, by arithmetic, before anything is loaded.
+
+With N parameters, the trainer holds 4N bytes of float32 weights, 4N of gradients and 8N of AdamW's moments; under bf16
+autocast, 2N of bf16 copies of what is multiplied. What a token adds to a layer was read off the tensors that autograd
+keeps for Qwen2, Qwen3 and Llama (tests/test_memory.py compares). What vLLM and CUDA take besides is an estimate.
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import psutil
+import torch
+import transformers
+
+from settings import Config, UsageError
+
+LOGITS_CHUNK = 2048  # tokens whose logits exist at the same time: 16k tokens of a 152k vocabulary would be 9.3 GiB
+CUDA_ITSELF, VLLM_REST = 0.6e9, 3e9  # bytes: the context of CUDA; vLLM's CUDA graphs and workspace. Not measured
+
+
+class Shape(NamedTuple):
+    """The sizes of a decoder-only transformer that decide its memory."""
+
+    parameters: int
+    layers: int
+    hidden: int
+    queries: int  # heads * width of a head
+    keys_values: int  # 2 * heads of the keys * width of a head
+    mlp: int
+    vocabulary: int
+    embeddings: int  # parameters of input and output embedding, tied ones counted once
+    normalises_queries: bool  # and keys, as Qwen3 does
+
+    @classmethod
+    def of(cls, model_config) -> "Shape":
+        """From a config, without weights. Mixtures of experts count all experts, but the MLP of a dense layer."""
+        c = model_config.get_text_config()
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(model_config)
+        heads = c.num_attention_heads
+        width = getattr(c, "head_dim", None) or c.hidden_size // heads
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        return cls(
+            parameters=sum(p.numel() for p in model.parameters()),
+            layers=c.num_hidden_layers,
+            hidden=c.hidden_size,
+            queries=heads * width,
+            keys_values=2 * (getattr(c, "num_key_value_heads", None) or heads) * width,
+            mlp=getattr(c, "intermediate_size", None) or 4 * c.hidden_size,
+            vocabulary=c.vocab_size,
+            embeddings=sum({id(m.weight): m.weight.numel() for m in ends}.values()),
+            normalises_queries=any(name.endswith("q_norm") for name, _ in model.named_modules()),
+        )
+
+    def cache_bytes(self, bf16: bool) -> int:
+        """Keys and values of one token, in all layers."""
+        return self.layers * self.keys_values * (2 if bf16 else 4)
+
+    def activation_bytes(self, bf16: bool, checkpointing: bool) -> int:
+        """What autograd keeps of one token for the backward pass, in all layers."""
+        h, q, kv, f = self.hidden, self.queries, self.keys_values, self.mlp
+        # in and out of two RMSNorms in float32 | inputs of q, k, v, gate, up | q, k, v and the output | gate, up, SiLU
+        # and product; autocast makes a bf16 copy of its own for each of the five products
+        layer = 16 * h + (10 * h + 4 * q + 2 * kv + 8 * f if bf16 else 8 * h + 8 * q + 4 * kv + 16 * f)
+        if self.normalises_queries:
+            layer += 6 * q + 3 * kv if bf16 else 8 * q + 4 * kv
+        return 4 * h * self.layers + layer if checkpointing else layer * self.layers
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes: of the GPU, or of the machine."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def vllm_cache_bytes(shape: Shape, config: Config, bf16: bool, free: int) -> int:
+    """vLLM's key-value cache: as set, or what a step's completions need, at least 0.1 GB, at most half of `free`."""
+    if config.kv_cache_gb:
+        return int(1e9 * config.kv_cache_gb)
+    tokens = config.prompts_per_step * config.group_size * (config.max_prompt_tokens + config.max_completion_tokens)
+    return int(min(max(1.2 * tokens * shape.cache_bytes(bf16), 1e8), free / 2))
+
+
+def needs(shape: Shape, config: Config, bf16: bool, vllm: bool, on_gpu: bool, free: int) -> dict[str, list[float]]:
+    """Bytes of each part while sampling, in the pass of the reference, and in the update."""
+    n, s = shape.parameters, shape
+    longest = config.max_prompt_tokens + config.max_completion_tokens
+    rows = config.prompts_per_step * config.group_size
+    tokens = max(longest, min(config.tokens_per_microbatch, rows * longest))
+    reference, on_card = 4 * n if config.kl_coef else 0, not config.offload_reference
+    copies = 2 * (n - s.embeddings) if bf16 else 0
+    logits = 3 * 4 * min(LOGITS_CHUNK, tokens) * s.vocabulary
+    awake = not config.vllm_sleep
+    vllm_weights = n * (2 if bf16 else 4) if vllm else 0
+    cache = vllm_cache_bytes(shape, config, bf16, free) if vllm else 0
+    sample_rows = min(rows, max(1, config.sample_rows // config.group_size) * config.group_size)
+    torch_cache = 0 if vllm else 1.25 * sample_rows * longest * s.cache_bytes(bf16)
+    table = {
+        "weights, float32": [4 * n] * 3,
+        "AdamW": [8 * n] * 3,
+        "gradients": [0, 0, 4 * n],
+        "reference": [reference * on_card, reference, reference * on_card],
+        "bf16 copies of the weights": [0 if vllm else copies, copies, copies],
+        "activations": [0, 0, tokens * s.activation_bytes(bf16, config.gradient_checkpointing)],
+        f"logits of {min(LOGITS_CHUNK, tokens)} tokens": [0, logits, logits],
+        "vLLM: weights": [vllm_weights, awake * vllm_weights, awake * vllm_weights],
+        "key-value cache": [cache or torch_cache, awake * cache, awake * cache],
+        "vLLM: the rest": [VLLM_REST if vllm and on_gpu else 0] * 3,
+        "CUDA": [CUDA_ITSELF if on_gpu else 0] * 3,
+    }  # fmt: skip
+    return {name: parts for name, parts in table.items() if any(parts)}
+
+
+def peak(table: dict[str, list[float]]) -> float:
+    return max(map(sum, zip(*table.values(), strict=True)))
+
+
+def check_memory(model_config, config: Config, device: torch.device, bf16: bool, vllm: bool) -> None:
+    """Prints what the run needs beside what is free, and what to lower if that may be too little.
+
+    Small models are passed over in silence.
+
+    Raises:
+        UsageError: it needs clearly more than there is.
+    """
+    shape, free, on_gpu = Shape.of(model_config), free_memory(device), device.type == "cuda"
+
+    def table_of(config: Config) -> dict[str, list[float]]:
+        return needs(shape, config, bf16, vllm, on_gpu, free)
+
+    table = table_of(config)
+    if (needed := peak(table)) < 2e9:
+        return
+    print(f"memory in GB, by arithmetic{'':11}sampling  reference   training")
+    for name, parts in (table | {"together": [sum(column) for column in zip(*table.values(), strict=True)]}).items():
+        print(f"  {name:32}" + "".join(f"{part / 1e9:11.1f}" for part in parts))
+    print(f"  {'free on this ' + ('card' if on_gpu else 'machine'):32}{free / 1e9:11.1f}")
+    if needed < 0.95 * free:
+        return
+    advice = lower(table_of, config, 0.9 * free, vllm and on_gpu)
+    if needed > 1.15 * free:  # the arithmetic is not exact
+        raise UsageError(f"the run needs about {needed / 1e9:.0f} GB of memory, {free / 1e9:.1f} are free. {advice}")
+    print(f"  this may not fit. {advice}")
+
+
+def lower(table_of, config: Config, limit: float, can_sleep: bool) -> str:
+    """Which settings bring the peak under `limit`, the cheapest in time first, and to what it comes then."""
+    longest = config.max_prompt_tokens + config.max_completion_tokens
+    steps = [("offload_reference", True), ("tokens_per_microbatch", max(longest, config.tokens_per_microbatch // 4))]
+    steps += [("gradient_checkpointing", True), ("sample_rows", config.group_size)]
+    steps += [("vllm_sleep", True)] if can_sleep else []
+    steps += [("tokens_per_microbatch", longest)]
+    changed: dict[str, object] = {}
+    now = peak(table_of(config))
+    for name, value in steps:
+        trial = replace(config, **{name: value})
+        if (then := peak(table_of(trial))) < 0.99 * now:
+            config, now = trial, then
+            changed[name] = value
+        if now <= limit:
+            break
+    flags = " ".join(f"--{name} {str(value).lower()}" for name, value in changed.items())
+    if now <= limit:
+        return f"With {flags} it needs about {now / 1e9:.0f} GB"
+    with_flags = f"Even with {flags} it needs" if flags else "It needs"
+    return f"{with_flags} about {now / 1e9:.0f} GB: take a smaller model, a smaller group_size or a larger card"

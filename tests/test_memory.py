@@ -1,0 +1,187 @@
+"""The memory table: its arithmetic against what autograd really keeps, and what it advises."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+
+import grpo
+import memory
+from memory import Shape
+
+SHAPE = dict(vocab_size=101, hidden_size=96, intermediate_size=288, num_attention_heads=6, num_key_value_heads=2)
+CONFIGS = {
+    "qwen2": lambda layers: transformers.Qwen2Config(**SHAPE, num_hidden_layers=layers),
+    "qwen3": lambda layers: transformers.Qwen3Config(**SHAPE, num_hidden_layers=layers, head_dim=32),
+    "llama": lambda layers: transformers.LlamaConfig(**SHAPE, num_hidden_layers=layers, tie_word_embeddings=True),
+}
+# Qwen2.5-3B and Qwen2.5-0.5B, from their config.json
+QWEN_3B = dict(vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36)
+QWEN_3B |= dict(num_attention_heads=16, num_key_value_heads=2, tie_word_embeddings=True)
+QWEN_HALF_B = dict(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24)
+QWEN_HALF_B |= dict(num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True)
+QWEN_1_5B = QWEN_3B | dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12)
+QWEN3_1_7B = QWEN_3B | dict(intermediate_size=6144, num_hidden_layers=28, num_key_value_heads=8, head_dim=128)
+CUDA = torch.device("cuda")
+
+
+def kept_bytes(config, tokens: int, bf16: bool, checkpointing: bool) -> int:
+    """Bytes that the forward pass of the base model keeps for its backward pass, besides weights and their copies."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    shapes = {tuple(sorted(p.shape)) for p in model.parameters() if p.dim() == 2}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights and tuple(sorted(tensor.shape)) not in shapes:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor: or its address may be used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", enabled=bf16):
+        hidden = model.base_model(torch.zeros(1, tokens, dtype=torch.long), use_cache=False).last_hidden_state
+    assert hidden.requires_grad
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_activations_are_what_autograd_keeps(name, bf16, checkpointing):
+    tokens = 71  # is no width of a weight
+    more, fewer = (kept_bytes(CONFIGS[name](n), tokens, bf16, checkpointing) for n in (4, 2))
+    a, b = (Shape.of(CONFIGS[name](n)).activation_bytes(bf16, checkpointing) for n in (4, 2))
+    assert a - b == pytest.approx((more - fewer) / tokens, rel=0.02)
+
+
+def test_a_shape_counts_parameters_without_making_them():
+    big = Shape.of(transformers.Qwen2Config(**QWEN_3B))
+    assert big.parameters == 3_085_938_688 and big.embeddings == 151936 * 2048  # as the model card says: 3.09 B
+    assert big.cache_bytes(bf16=True) == 36 * 1024 and not big.normalises_queries
+    assert Shape.of(transformers.Qwen2Config(**QWEN_HALF_B)).cache_bytes(bf16=True) == 12 * 1024
+    untied = Shape.of(transformers.Qwen2Config(**SHAPE, num_hidden_layers=2, tie_word_embeddings=False))
+    assert untied.embeddings == 2 * 101 * 96
+    assert Shape.of(transformers.Qwen3Config(**SHAPE, num_hidden_layers=2)).normalises_queries
+    gpt2 = Shape.of(transformers.GPT2Config(vocab_size=33, n_embd=32, n_layer=2, n_head=4))
+    assert (gpt2.layers, gpt2.mlp, gpt2.keys_values) == (2, 128, 64)
+
+
+def recipe(name: str) -> grpo.Config:
+    return grpo.parse_config(["--config", f"configs/{name}.yaml"])
+
+
+def table(shape: dict, config: grpo.Config, vllm: bool = True, free: float = 80e9) -> dict:
+    return memory.needs(Shape.of(transformers.Qwen2Config(**shape)), config, True, vllm, True, free)
+
+
+def test_the_parts_of_a_3b_run():
+    parts, n = table(QWEN_3B, recipe("countdown-3b")), 3_085_938_688
+    assert parts["weights, float32"] == [4 * n] * 3 and parts["AdamW"] == [8 * n] * 3
+    assert parts["gradients"] == [0, 0, 4 * n]
+    assert parts["reference"] == [0, 4 * n, 0]  # offloaded but for its own pass
+    assert parts["bf16 copies of the weights"][2] == 2 * (n - 151936 * 2048)
+    assert parts["vLLM: weights"] == [2 * n] * 3
+    assert parts["key-value cache"] == [int(1.2 * 16 * 4 * 1280 * 36 * 1024)] * 3
+    assert parts["logits of 2048 tokens"] == [0, 12 * 2048 * 151936, 12 * 2048 * 151936]
+    # with gradient checkpointing, the residual stream of each layer and all of one layer
+    layer = 26 * 2048 + 4 * 2048 + 2 * 512 + 8 * 11008
+    assert parts["activations"][2] == 8192 * (36 * 4 * 2048 + layer)
+    kept = table(QWEN_3B, replace(recipe("countdown-3b"), gradient_checkpointing=False))
+    assert kept["activations"][2] == 8192 * 36 * layer
+    assert memory.peak(parts) == max(sum(column) for column in zip(*parts.values(), strict=True))
+
+
+def test_settings_move_the_parts_that_they_should():
+    config = recipe("countdown-3b")
+    asleep = table(QWEN_3B, replace(config, vllm_sleep=True))
+    assert asleep["vLLM: weights"][0] > 0 and asleep["vLLM: weights"][1:] == [0, 0]
+    assert asleep["key-value cache"][0] > 0 and asleep["key-value cache"][1:] == [0, 0]
+    assert table(QWEN_3B, replace(config, offload_reference=False))["reference"] == [4 * 3_085_938_688] * 3
+    assert "reference" not in table(QWEN_3B, replace(config, kl_coef=0.0))
+    assert not {"vLLM: weights", "vLLM: the rest"} & table(QWEN_3B, config, vllm=False).keys()
+    # torch sampling holds the cache of 256 rows while it samples, with room to grow
+    sampled = table(QWEN_3B, replace(config, prompts_per_step=128), vllm=False)["key-value cache"]
+    assert sampled == [1.25 * 256 * 1280 * 36 * 1024, 0, 0]
+    assert table(QWEN_3B, replace(config, kv_cache_gb=3))["key-value cache"] == [3e9] * 3
+    assert table(QWEN_3B, replace(config, prompts_per_step=4096), free=20e9)["key-value cache"] == [10e9] * 3
+    # a row that is longer than the budget is a microbatch by itself
+    few = table(QWEN_3B, replace(config, tokens_per_microbatch=64))["activations"][2]
+    assert few == 1280 / 8192 * table(QWEN_3B, config)["activations"][2]
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """check_memory for a model of this shape on a card with so many free bytes."""
+
+    def check(shape: dict, config: grpo.Config, free: float, vllm: bool = True):
+        monkeypatch.setattr(memory, "free_memory", lambda device: free)
+        memory.check_memory(transformers.Qwen2Config(**shape), config, CUDA, True, vllm)
+
+    return check
+
+
+def test_what_fits_is_shown_and_what_does_not_is_refused_with_advice(card, capsys):
+    config = recipe("countdown-3b")
+    card(QWEN_3B, config, 100e9)
+    out = capsys.readouterr().out
+    assert "together" in out and "free on this card" in out and "may not fit" not in out
+    needed = memory.peak(table(QWEN_3B, config, free=80e9))
+    card(QWEN_3B, config, needed / 1.02)
+    out = capsys.readouterr().out
+    assert "may not fit. With --tokens_per_microbatch 2048 --vllm_sleep true it needs about" in out
+    with pytest.raises(grpo.UsageError, match="of memory, 24.0 are free. Even with .*take a smaller model"):
+        card(QWEN_3B, config, 24e9)
+    with pytest.raises(grpo.UsageError, match="are free. With --tokens_per_microbatch .*--gradient_checkpointing true"):
+        card(QWEN_HALF_B, replace(config, kl_coef=0.0, gradient_checkpointing=False), 19e9)
+
+
+def test_the_advice_comes_true(card, capsys):
+    config = replace(recipe("countdown-3b"), offload_reference=False)
+    with pytest.raises(grpo.UsageError, match="free. With ") as refused:
+        card(QWEN_3B, config, 75e9)
+    flags = str(refused.value).split(" With ")[1].split(" it needs")[0].split()
+    assert "--offload_reference" in flags
+    given = dict(zip([flag[2:] for flag in flags[::2]], flags[1::2], strict=True))
+    typed = {name: value == "true" if value in ("true", "false") else int(value) for name, value in given.items()}
+    capsys.readouterr()
+    card(QWEN_3B, replace(config, **typed), 75e9)
+    assert "may not fit" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name, model_config, gigabytes",
+    [
+        ("countdown-3b", transformers.Qwen2Config(**QWEN_3B), 80),
+        ("countdown-workshop", transformers.Qwen3Config(**QWEN3_1_7B), 80),
+        ("countdown-workshop --vllm_sleep true --kv_cache_gb 10", transformers.Qwen3Config(**QWEN3_1_7B), 48),
+        ("math-1.5b", transformers.Qwen2Config(**QWEN_1_5B), 80),
+        ("math-1.5b --gradient_checkpointing true --vllm_sleep true", transformers.Qwen2Config(**QWEN_1_5B), 48),
+        ("gsm8k-0.5b", transformers.Qwen2Config(**QWEN_HALF_B), 24),
+    ],
+)
+def test_a_recipe_fits_the_card_that_it_names(name, model_config, gigabytes):
+    name, *flags = name.split()
+    config, free = grpo.parse_config(["--config", f"configs/{name}.yaml", *flags]), gigabytes * 2**30 * 0.98
+    parts = memory.needs(Shape.of(model_config), config, True, True, True, free)
+    assert memory.peak(parts) < 0.95 * free
+    said = open(f"configs/{name}.yaml").read()
+    assert f"{gigabytes} GB" in said and f"{round(memory.peak(parts) / 1e9)}" in said
+
+
+def test_small_models_are_passed_over_in_silence(card, capsys):
+    card(SHAPE | dict(num_hidden_layers=2), recipe("arithmetic"), 1e9, vllm=False)
+    assert capsys.readouterr().out == ""
+
+
+def test_too_large_a_model_is_refused_before_it_is_loaded(tmp_path, monkeypatch, tokenizer):
+    transformers.Qwen2Config(**QWEN_3B).save_pretrained(tmp_path)  # a config.json, and no weights
+    tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 8e9)
+    monkeypatch.setattr(grpo, "load_model", lambda name: pytest.fail("the model was loaded"))
+    with pytest.raises(grpo.UsageError, match="GB of memory, 8.0 are free"):
+        grpo.train(grpo.Config(model=str(tmp_path), task="arithmetic", runs=str(tmp_path / "runs")))
+    assert not (tmp_path / "runs").exists()
