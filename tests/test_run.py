@@ -369,6 +369,17 @@ def test_bad_input_is_told_in_one_line_before_any_work(argv, said, model_folder,
     assert not (tmp_path / "runs").exists()
 
 
+def test_the_sampler_sleeps_while_the_policy_is_trained(run, pays_length, monkeypatch):
+    calls = []
+    for owner, name in ((grpo.TorchSampler, "sleep"), (grpo.TorchSampler, "sync"), (grpo, "collect"), (grpo, "update")):
+        original = getattr(owner, name)
+        monkeypatch.setattr(
+            owner, name, lambda *args, name=name, original=original: (calls.append(name), original(*args))[1]
+        )
+    run(steps=2)
+    assert calls == ["collect", "sleep", "update", "sync"] * 2
+
+
 def test_a_changed_setting_is_refused_on_resume(run, pays_length):
     folder = str(run()["run"])
     with pytest.raises(grpo.UsageError, match="lr was 0.001 .* cannot become 0.5"):

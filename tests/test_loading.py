@@ -1,0 +1,77 @@
+"""Devices, samplers and tasks by name: what is there, what is refused, and with which words."""
+
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import grpo
+import loading
+from loading import choose_sampler
+
+QWEN = transformers.Qwen2Config()
+
+
+class Small:
+    model_type = "mathformer"
+
+
+@pytest.mark.parametrize(
+    "installed, device, model, chosen",
+    [
+        (True, "cuda", QWEN, "vllm"),
+        (False, "cuda", QWEN, "torch"),
+        (True, "cuda", Small, "torch"),
+        (True, "cpu", QWEN, "torch"),
+        (True, "mps", QWEN, "torch"),
+    ],
+)
+def test_auto_takes_vllm_for_language_models_on_a_gpu(installed, device, model, chosen, monkeypatch, make_config):
+    monkeypatch.setattr(loading, "find_spec", lambda name: installed)
+    assert choose_sampler(make_config(), model, torch.device(device)) == chosen
+
+
+def test_a_missing_vllm_is_one_line(monkeypatch, make_config):
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    monkeypatch.setattr(grpo, "load_model", lambda name: pytest.fail("the model was loaded"))
+    with pytest.raises(grpo.UsageError, match="not installed: pip install -r requirements-gpu.txt, or"):
+        grpo.train(make_config(sampler="vllm"))
+
+
+def test_vllm_on_a_device_that_it_would_not_use_is_refused(monkeypatch, make_config):
+    monkeypatch.setattr(loading, "find_spec", lambda name: True)
+    with pytest.raises(grpo.UsageError, match="does not run on mps here"):
+        choose_sampler(make_config(sampler="vllm"), QWEN, torch.device("mps"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # it would take the GPU beside a trainer on the CPU
+    with pytest.raises(grpo.UsageError, match="does not run on cpu here"):
+        choose_sampler(make_config(sampler="vllm"), QWEN, torch.device("cpu"))
+
+
+def test_bf16_on_a_card_without_it_is_refused(monkeypatch, make_config):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    with pytest.raises(grpo.UsageError, match="this GPU has no bf16: use --precision fp32"):
+        grpo.train(make_config(precision="bf16"))
+
+
+def test_the_task_of_the_readme_runs(qwen3_folder, tmp_path, monkeypatch):
+    """Its file, its data set and its command, with a tiny model in place of the real one."""
+    readme = Path("README.md").read_text().split("### A task of your own")[1].split("\n## ")[0]
+    code = re.search("```python\n(.*?)```", readme, re.DOTALL)[1]
+    rows = [json.loads(line) for line in re.search("```json\n(.*?)```", readme, re.DOTALL)[1].splitlines()]
+    command = re.search("python grpo.py (--model .*?)\n```", readme, re.DOTALL)[1].replace("\\\n", " ").split()
+    assert len(code.splitlines()) < 30
+    monkeypatch.chdir(tmp_path)
+    Path("capitals.py").write_text(code)
+    rows += [{"country": f"Country {i}", "capital": f"City {i}"} for i in range(60)]
+    Path("capitals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command[command.index("--model") + 1] = qwen3_folder
+    config = grpo.parse_config([*command, "--steps", "1", "--eval_samples", "1", "--prompts_per_step", "2"])
+    assert (grpo.train(config)["run"] / "final").is_dir()
+    task = loading.load_task(config.task, config.task_args)
+    assert task.eval() == rows[:50] and task.train(random.Random(0), 1) in rows[50:]
+    assert task.reward(" Paris.\n", rows[0])["reward"] == 1 and task.reward("no idea", rows[0])["reward"] == 0
