@@ -33,6 +33,7 @@ import time
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,17 +49,10 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from loading import choose_sampler, find_eos, load_model, load_model_config, load_task, local_name, make_accelerator
-from memory import LOGITS_CHUNK, Shape, check_memory, free_memory, vllm_cache_bytes
-from run_folder import (
-    RunFolder,
-    evaluation_table,
-    finish_step_on_signal,
-    peak_memory,
-    show_group,
-    show_rollouts,
-    verdict,
-)
+import loading
+import memory
+import run_folder
+from run_folder import RunFolder
 from settings import Config, Sampling, UsageError, parse_config
 
 # ==== 1. Tasks and rewards ============================================================================================
@@ -101,6 +95,7 @@ class Rollout:
     text: str = ""  # prefill and completion, special tokens left out: what the verifier judges
     parts: dict = field(default_factory=dict)  # what the task's reward() returned
     reward: float = 0.0
+    penalty: float = 0.0  # what comes off the reward, where settings say so, before it becomes an advantage
     advantage: float = 0.0
     dead: bool = False  # all rewards of its group are equal
     old_logps: list[float] | None = None  # the trainer's, where those are used
@@ -265,9 +260,6 @@ class TorchSampler:
         return output_logits(self.model, out.last_hidden_state[:, -1]), out.past_key_values
 
 
-MAX_LOGP_GAP = 0.05  # mean difference in log-prob of sampler and trainer: rounding is below 0.02, also in bf16
-
-
 class VLLMSampler:
     """Samples with vLLM, in this process. It has weights of its own, which `sync` replaces after each update."""
 
@@ -282,12 +274,12 @@ class VLLMSampler:
         self.model, self.eos, self.params = model, eos_ids, vllm.SamplingParams
         self.on_cpu, self.sleeps, self.asleep = not torch.cuda.is_available(), config.vllm_sleep, False
         longest = config.max_prompt_tokens + config.max_completion_tokens + 32  # the evaluation may add a prefix
-        free = free_memory(next(model.parameters()).device)
+        free = memory.free_memory(next(model.parameters()).device)
         settings = dict(
             dtype="bfloat16" if bf16 else "float32",
             hf_overrides={"head_dtype": "float32"},  # logits in float32, as the trainer's are
             max_model_len=min(longest, getattr(model.config, "max_position_embeddings", longest)),
-            kv_cache_memory_bytes=vllm_cache_bytes(Shape.of(model.config), config, bf16, free),
+            kv_cache_memory_bytes=memory.vllm_cache_bytes(memory.Shape.of(model.config), config, bf16, free),
             gpu_memory_utilization=0.05,  # only checked against: the line above says what is taken
             logprobs_mode="processed_logprobs",  # of the distribution that is sampled from, temperature included
             generation_config="vllm",  # and not sampling settings that a model brings along
@@ -343,53 +335,13 @@ class VLLMSampler:
 
 
 @torch.no_grad()
-def check_sampler(
-    sampler: VLLMSampler, policy: nn.Module, prompts: list[list[int]], accelerator, config: Config
-) -> None:
-    """Proves that new weights reach vLLM, before the run depends on it.
-
-    Every weight is changed until the log-probs visibly are; then the sampler must follow; then the true weights go
-    back, and it must follow again. A sync that does nothing, forgets a layer or keeps a prefix cache does not pass.
-
-    Raises:
-        UsageError: it does not follow.
-    """
-    # as long as they may be: a prefix cache works on whole blocks of tokens
-    prompts = [(ids * config.max_prompt_tokens)[: config.max_prompt_tokens] for ids in prompts[:4]]
-    sampling = Sampling(min(16, config.max_completion_tokens), config.temperature)
-    policy.eval()
-
-    def gap(rollouts: list[Rollout]) -> float:
-        with accelerator.autocast():
-            logps, _ = policy(**policy_inputs(rollouts, accelerator.device))
-        sampled = pad([r.logps for r in rollouts], accelerator.device)
-        mask = completion_mask(torch.tensor([r.length for r in rollouts], device=accelerator.device))
-        return (logps - sampled)[mask].abs().mean().item()
-
-    def require_equal(when: str) -> list[Rollout]:
-        rollouts = sampler.generate(prompts, 2, sampling, config.seed)
-        if (found := gap(rollouts)) > MAX_LOGP_GAP:
-            raise UsageError(
-                f"{when}, vLLM's log-probs differ from the trainer's by {found:.3f} on average: it does not sample "
-                "from the policy that is trained. Use --sampler torch, and check that the versions in "
-                "requirements-gpu.txt are installed"
-            )
-        return rollouts
-
-    before = require_equal("at the start")
-    true = [p.detach().to("cpu", copy=True) for p in policy.parameters()]
-    generator = torch.Generator().manual_seed(config.seed)
-    scale = 0.05
-    while gap(before) < 0.5 and scale < 10:
-        for p, value in zip(policy.parameters(), true, strict=True):
-            p.copy_(value + scale * value.abs().mean() * torch.randn(value.shape, generator=generator))
-        scale *= 2
-    sampler.sync()
-    require_equal("after the weights were changed")
-    for p, value in zip(policy.parameters(), true, strict=True):
-        p.copy_(value)
-    sampler.sync()
-    require_equal("after the weights were set back")
+def logp_gap(policy: nn.Module, accelerator: Accelerator, rollouts: list[Rollout]) -> float:
+    """Mean absolute difference of the sampler's log-probs and the policy's, over all tokens."""
+    with accelerator.autocast():
+        logps, _ = policy.eval()(**policy_inputs(rollouts, accelerator.device))
+    sampled = pad([r.logps for r in rollouts], accelerator.device)
+    mask = completion_mask(torch.tensor([r.length for r in rollouts], device=accelerator.device))
+    return (logps - sampled)[mask].abs().mean().item()
 
 
 # ==== 3. Rollouts and advantages ======================================================================================
@@ -414,12 +366,12 @@ def encode_prompt(tokenizer, task, example: dict) -> tuple[str, list[int]]:
     return prompt, ids
 
 
-def draw_prompts(task, tokenizer, config: Config, step: int) -> tuple[list[Problem], int]:
+def draw_prompts(task, tokenizer, config: Config, step: int, attempt: int = 0) -> tuple[list[Problem], int]:
     """The step's P problems, and how many were too long and drawn again.
 
     The step's number seeds the draw, so a resumed run needs no memory of what was drawn before.
     """
-    rng = random.Random(f"{config.seed}/{step}")
+    rng = random.Random(f"{config.seed}/{step}" + (f"/{attempt}" if attempt else ""))
     drawn, too_long = [], 0
     while len(drawn) < config.prompts_per_step:
         example = task.train(rng, step)
@@ -480,38 +432,80 @@ def dead_groups(rewards: torch.Tensor) -> torch.Tensor:
     return rewards.amax(1) == rewards.amin(1)
 
 
+# GRPO: from rewards r [P, G] and their group means [P, 1]. eps is 1e-4 and not 1e-8, which would blow rounding noise up
+# to advantages of size 1.
+ADVANTAGES = {
+    "grpo": lambda r, mean, eps: (r - mean) / (r.std(1, keepdim=True) + eps),
+    "dr_grpo": lambda r, mean, eps: r - mean,
+    "rloo": lambda r, mean, eps: (r - mean) * r.shape[1] / (r.shape[1] - 1),
+    "batch": lambda r, mean, eps: (r - mean) / (r.std() + eps),
+    "maxrl": lambda r, mean, eps: (r - mean) / mean.clamp(min=torch.finfo(r.dtype).tiny),
+}
+
+
 def group_advantages(rewards: torch.Tensor, kind: str = "grpo", eps: float = 1e-4) -> torch.Tensor:
     """Advantages [P, G] from rewards [P, G]: how much better a completion is than the others of its prompt.
 
-        grpo     (r - mean) / (std + eps)     DeepSeekMath, arXiv 2402.03300, section 4.1.2
-        dr_grpo  r - mean                     Dr. GRPO, arXiv 2503.20783
+        grpo     (r - mean) / (std + eps)           DeepSeekMath, arXiv 2402.03300, section 4.1.2
+        dr_grpo  r - mean                           Dr. GRPO, arXiv 2503.20783
+        rloo     r - mean of the group's others     arXiv 2402.14740; dr_grpo * G / (G - 1), and unbiased
+        batch    (r - mean) / (batch std + eps)     arXiv 2508.08221; the std of all rewards of the step
+        maxrl    (r - mean) / mean                  arXiv 2602.02710; for rewards >= 0, 0 where the mean is 0
 
-    The std has G - 1 in its denominator; some papers and repositories have G, a factor sqrt(G / (G - 1)).
+    Stds have G - 1 (P*G - 1) in the denominator; some papers and repositories have G, a factor sqrt(G / (G - 1)).
     A group of equal rewards (a dead group) gets exactly 0: rounding must not become an advantage.
     """
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must have the shape [P, G] with G of 2 or more, not {list(rewards.shape)}")
-    if kind not in ("grpo", "dr_grpo"):
-        raise ValueError(f"kind {kind!r}: choose grpo or dr_grpo")
-    mean = rewards.mean(1, keepdim=True)
-    advantages = rewards - mean  # GRPO: the group is its own baseline, no value network is needed
-    if kind == "grpo":
-        # GRPO: eps is 1e-4 and not 1e-8, which would blow rounding noise up to advantages of size 1
-        advantages = advantages / (rewards.std(1, keepdim=True) + eps)
+    if kind not in ADVANTAGES:
+        raise ValueError(f"kind {kind!r}: choose {', '.join(ADVANTAGES)}")
+    if kind == "maxrl" and rewards.min() < 0:
+        raise UsageError(f"advantage maxrl is for rewards of 0 and more, but one is {rewards.min():g}")
+    # GRPO: the group is its own baseline, no value network is needed
+    advantages = ADVANTAGES[kind](rewards, rewards.mean(1, keepdim=True), eps)
     return advantages.masked_fill(dead_groups(rewards)[:, None], 0.0)
 
 
-def collect(sampler, tokenizer, task, config: Config, step: int) -> tuple[list[Rollout], int]:
-    """The rollouts of a step with rewards and advantages, group by group; and how many prompts were too long."""
-    problems, too_long = draw_prompts(task, tokenizer, config, step)
-    seed = config.seed * 1_000_003 + step
-    rollouts = complete(sampler, tokenizer, task, problems, config.group_size, config.sampling, seed)
-    rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float64).view(-1, config.group_size)  # [P, G]
+def overlong_penalty(length: int, max_tokens: int, buffer: int) -> float:
+    """DAPO's soft punishment (arXiv 2503.14476, section 3.4): 0 up to max_tokens - buffer, then along a line to 1."""
+    return max(0.0, (length - (max_tokens - buffer)) / buffer) if buffer else 0.0
+
+
+def collect(sampler, tokenizer, task, config: Config, step: int) -> tuple[list[Rollout], dict[str, int]]:
+    """The rollouts of a step, judged, those of a group next to each other; and counts of what was drawn for them."""
+    rollouts: list[Rollout] = []
+    counts = {"prompts_too_long": 0, "resampled_groups": 0, "step_tokens": 0}
+    # GRPO: with `resample`, fresh prompts take the places of dead groups (DAPO's dynamic sampling), so many times
+    for attempt in range(1 + (config.resample_rounds if config.dead_groups == "resample" else 0)):
+        groups = [rollouts[i : i + config.group_size] for i in range(0, len(rollouts), config.group_size)]
+        dead = [i for i, group in enumerate(groups) if len({r.reward for r in group}) == 1]
+        if groups and not dead:
+            break
+        problems, too_long = draw_prompts(task, tokenizer, config, step, attempt)
+        problems = problems[: len(dead)] if groups else problems
+        seed = config.seed * 1_000_003 + step + 500_009 * attempt
+        fresh = complete(sampler, tokenizer, task, problems, config.group_size, config.sampling, seed)
+        for i, slot in enumerate(dead):
+            groups[slot] = fresh[i * config.group_size : (i + 1) * config.group_size]
+        rollouts = sum(groups, []) or fresh
+        counts["prompts_too_long"] += too_long
+        counts["resampled_groups"] += len(dead)
+        counts["step_tokens"] += sum(r.length for r in fresh)
+    return rollouts, counts
+
+
+def assign_advantages(rollouts: list[Rollout], config: Config) -> None:
+    """Sets `penalty`, `advantage` and `dead` of each rollout, from its reward and those of its group."""
+    for r in rollouts:
+        r.penalty = overlong_penalty(r.length, config.max_completion_tokens, config.overlong_buffer)
+        if config.kl_in == "reward":  # GRPO: k1 = log policy - log reference, summed: what the reward has to outweigh
+            acted = r.logps if r.old_logps is None else r.old_logps
+            r.penalty += config.kl_coef * (sum(acted) - sum(r.ref_logps))
+    rewards = torch.tensor([r.reward - r.penalty for r in rollouts], dtype=torch.float64).view(-1, config.group_size)
     advantages = group_advantages(rewards, config.advantage).flatten().tolist()
     dead = dead_groups(rewards).repeat_interleave(config.group_size).tolist()
     for i, rollout in enumerate(rollouts):
         rollout.advantage, rollout.dead = advantages[i], dead[i]
-    return rollouts, too_long
 
 
 def rollout_metrics(rollouts: list[Rollout], group_size: int) -> dict[str, float | None]:
@@ -521,6 +515,7 @@ def rollout_metrics(rollouts: list[Rollout], group_size: int) -> dict[str, float
     return {
         "reward": average(r.reward for r in rollouts),
         "reward_std": rewards.std(1).mean().item(),
+        "penalty": average(r.penalty for r in rollouts),
         **part_means(rollouts),
         "pass_at_group": (right > 0).any(1).double().mean().item(),
         "zero_advantage_groups": average(r.dead for r in rollouts),
@@ -553,11 +548,11 @@ class Policy(nn.Module):
     One module call, so that whatever wraps the module (mixed precision, data parallelism) wraps all of it.
     """
 
-    CHUNK = LOGITS_CHUNK
+    CHUNK = memory.LOGITS_CHUNK
 
-    def __init__(self, model: nn.Module, temperature: float = 1.0):
+    def __init__(self, model: nn.Module, temperature: float = 1.0, entropy_gradient: bool = False):
         super().__init__()
-        self.model, self.temperature = model, temperature
+        self.model, self.temperature, self.entropy_gradient = model, temperature, entropy_gradient
 
     def forward(
         self, ids: torch.Tensor, prompt_lengths: torch.Tensor, lengths: torch.Tensor
@@ -590,7 +585,7 @@ class Policy(nn.Module):
     def _token_logps(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # GRPO: the distribution that was sampled from is the one with the temperature in it
         distribution = (output_logits(self.model, hidden) / self.temperature).log_softmax(-1)
-        with torch.no_grad():  # a metric
+        with torch.set_grad_enabled(self.entropy_gradient and torch.is_grad_enabled()):  # else it is a metric only
             entropy = -(distribution.exp() * distribution).sum(-1)
         return distribution.gather(1, targets[:, None])[:, 0], entropy
 
@@ -614,10 +609,16 @@ def policy_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     mask: torch.Tensor | None = None,
+    ratio: str = "token",
+    kind: str = "clip",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """PPO's clipped surrogate (arXiv 1707.06347, eq. 7) for each token, to be minimised.
+    """The surrogate for each token, to be minimised. With r = exp(logp - old_logp):
 
-        loss = -min(r * A, clamp(r, 1 - clip_low, 1 + clip_high) * A)      r = exp(logp - old_logp)
+        clip    -min(r * A, clamp(r, 1 - clip_low, 1 + clip_high) * A)     PPO, arXiv 1707.06347, eq. 7
+        cispo   -detach(min(r, 1 + clip_high)) * A * logp                  MiniMax-M1, arXiv 2506.13585, section 3.1
+
+    With ratio `sequence` (GSPO, arXiv 2507.18071, section 4) r is the same for all tokens of a row, exp of the mean of
+    their log-ratios, and each of them has its gradient. The paper has weights `sequence` and clip 3e-4/4e-4.
 
     Args:
         logps, old_logps: [B, T], of the sampled tokens now, and when they were sampled.
@@ -626,16 +627,23 @@ def policy_loss(
 
     Returns:
         the loss of each token [B, T], 0 outside the mask; and what was clipped [B, T]: -1 where the ratio was below
-        the range, 1 where it was above, and the token for that reason has no gradient; 0 elsewhere.
+        the range, 1 where it was above, and the token for that reason has no (cispo: less) gradient; 0 elsewhere.
     """
-    ratio = (logps - old_logps).exp()  # GRPO: one ratio a token
-    # GRPO: min, not max. For A < 0 it keeps the gradient of a token that has become likelier, and stops pushing one
-    # down that is already 1 - clip_low times as likely as it was.
-    loss = -torch.min(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
-    clipped = ((ratio > 1 + clip_high) & (advantages > 0)).int() - ((ratio < 1 - clip_low) & (advantages < 0)).int()
-    if mask is not None:
-        loss, clipped = loss.masked_fill(~mask, 0.0), clipped.masked_fill(~mask, 0)
-    return loss, clipped
+    mask = torch.ones_like(logps, dtype=torch.bool) if mask is None else mask
+    log_ratio = logps - old_logps  # GRPO: one ratio a token
+    if ratio == "sequence":  # GRPO: one ratio a completion; `logps - logps.detach()` is 0 and has the gradient
+        mean = (log_ratio * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+        log_ratio = mean.detach() + logps - logps.detach()
+    r = log_ratio.exp()
+    above = r > 1 + clip_high
+    if kind == "cispo":  # GRPO: a bounded weight for every token, also for those that clip would silence
+        loss, clipped = -r.clamp(max=1 + clip_high).detach() * advantages * logps, above.int()
+    else:
+        # GRPO: min, not max. For A < 0 it keeps the gradient of a token that has become likelier, and stops pushing
+        # one down that is already 1 - clip_low times as likely as it was.
+        loss = -torch.min(r * advantages, r.clamp(1 - clip_low, 1 + clip_high) * advantages)
+        clipped = (above & (advantages > 0)).int() - ((r < 1 - clip_low) & (advantages < 0)).int()
+    return loss.masked_fill(~mask, 0.0), clipped.masked_fill(~mask, 0)
 
 
 def kl_estimate(logps: torch.Tensor, ref_logps: torch.Tensor, kind: str = "k3") -> torch.Tensor:
@@ -679,6 +687,14 @@ def adapted_kl_coef(kl_coef: float, kl_ref: float | None, target: float) -> floa
     return kl_coef * (1 + 0.1 * max(-0.2, min(0.2, kl_ref / target - 1)))
 
 
+# GRPO: one over the weight of each token of a row
+TOKEN_WEIGHTS = {
+    "token": lambda lengths, tokens, rows, max_tokens: torch.full_like(lengths, tokens),
+    "sequence": lambda lengths, tokens, rows, max_tokens: rows * lengths,
+    "constant": lambda lengths, tokens, rows, max_tokens: torch.full_like(lengths, rows * max_tokens),
+}
+
+
 def token_weights(
     lengths: torch.Tensor,
     kind: str = "token",
@@ -700,19 +716,14 @@ def token_weights(
         max_tokens: max_completion_tokens, for `constant`.
         total_tokens, total_rows: None means the totals of `lengths`.
     """
-    tokens = int(lengths.sum()) if total_tokens is None else total_tokens
-    rows = len(lengths) if total_rows is None else total_rows
+    if kind not in TOKEN_WEIGHTS:
+        raise ValueError(f"kind {kind!r}: choose {', '.join(TOKEN_WEIGHTS)}")
     if kind == "constant" and max_tokens < 1:
         raise ValueError("the constant weights need max_tokens")
-    if kind == "token":
-        weights = torch.full_like(lengths, 1 / max(tokens, 1), dtype=torch.float32)
-    elif kind == "sequence":
-        weights = 1 / (rows * lengths.clamp(min=1).float())
-    elif kind == "constant":
-        weights = torch.full_like(lengths, 1 / (rows * max_tokens), dtype=torch.float32)
-    else:
-        raise ValueError(f"kind {kind!r}: choose token, sequence or constant")
-    return weights.masked_fill(lengths == 0, 0.0)
+    tokens = int(lengths.sum()) if total_tokens is None else total_tokens
+    rows = len(lengths) if total_rows is None else total_rows
+    count = TOKEN_WEIGHTS[kind](lengths.to(torch.get_default_dtype()), tokens, rows, max_tokens)
+    return (1 / count).masked_fill(lengths == 0, 0.0)
 
 
 # ==== 5. The update ===================================================================================================
@@ -781,11 +792,18 @@ def batch_loss(
     advantages = torch.tensor([[r.advantage] for r in batch], device=device)  # [B, 1]
 
     logps, entropy = policy(**inputs)  # [B, T]
-    loss, clipped = policy_loss(logps, old, advantages, config.clip_low, config.clip_high, mask)
+    loss, clipped = policy_loss(
+        logps, old, advantages, config.clip_low, config.clip_high, mask, config.ratio, config.surrogate
+    )
+    if config.importance_cap:  # GRPO: truncated importance weights, for a sampler that is not quite the policy
+        loss = loss * (old - sampled).exp().clamp(max=config.importance_cap)
     kl = torch.zeros_like(logps)
-    if config.kl_coef > 0:  # GRPO: the penalty is part of the loss, not of the reward
+    if config.kl_coef > 0:
         kl = kl_estimate(logps, pad([r.ref_logps for r in batch], device), config.kl_kind).masked_fill(~mask, 0.0)
-        loss = loss + config.kl_coef * KL_IN_LOSS[config.kl_kind]((logps - old).exp(), kl)
+        if config.kl_in == "loss":  # GRPO: the penalty on each token
+            loss = loss + config.kl_coef * KL_IN_LOSS[config.kl_kind]((logps - old).exp(), kl)
+    if config.entropy_coef:  # GRPO: a reward for being undecided
+        loss = loss - config.entropy_coef * entropy
     # GRPO: one weight for each token of a row; a mean inside each microbatch would depend on how the rows were split
     weights = token_weights(lengths, config.loss_weight, config.max_completion_tokens, total_tokens, total_rows)
     loss = (loss.sum(1) * weights).sum()
@@ -824,6 +842,8 @@ def update(
         rows = order.sample(rollouts, len(rollouts))
         size = len(rows) // config.minibatches
         for minibatch in (rows[i : i + size] for i in range(0, len(rows), size)):
+            # GRPO: what is masked is in no total, as if it had not been sampled (but for the mean of its group)
+            minibatch = [r for r in minibatch if not (r.truncated and config.mask_truncated)]
             total_tokens = sum(r.length for r in minibatch)
             # GRPO: dead groups have advantage 0 and, without a KL term, no gradient, so they skip the forward and the
             # backward pass. They still count in the totals: leaving them out there would raise the learning rate.
@@ -877,20 +897,6 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a share seen in n trials (Wilson's, sound near 0 and 1 too)."""
-    center = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    # rounding would leave a share of 0 or 1 outside
-    return max(0.0, min(center - half, share)), min(1.0, max(center + half, share))
-
-
-def clustered_interval(shares: list[float], z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of the mean of per-prompt shares: the prompts are the sample, not their completions."""
-    half = z * torch.tensor(shares).std().item() / math.sqrt(len(shares)) if len(shares) > 1 else 1.0
-    return max(0.0, average(shares) - half), min(1.0, average(shares) + half)
-
-
 def evaluate(sampler, tokenizer, task, problems: list[Problem], config: Config, step: int) -> tuple[dict, list[dict]]:
     """Accuracy on `problems`, greedy and sampled `eval_samples` times each, with the same seed at every step.
 
@@ -904,9 +910,9 @@ def evaluate(sampler, tokenizer, task, problems: list[Problem], config: Config, 
     dead = dead_groups(torch.tensor([r.reward for r in sampled], dtype=torch.float64).view(n, k)).tolist()
     accuracy = average(r.parts["correct"] == 1 for r in greedy)
     row = {"step": step, "n": n, "accuracy": accuracy}
-    row["accuracy_low"], row["accuracy_high"] = wilson_interval(accuracy, n)
+    row["accuracy_low"], row["accuracy_high"] = run_folder.wilson_interval(accuracy, n)
     row["accuracy_sampled"] = average(c / k for c in right)
-    row["accuracy_sampled_low"], row["accuracy_sampled_high"] = clustered_interval([c / k for c in right])
+    row["accuracy_sampled_low"], row["accuracy_sampled_high"] = run_folder.clustered_interval([c / k for c in right])
     ks = sorted({2**i for i in range(k.bit_length())} | {k})
     row["pass_at_k"] = {str(j): average(pass_at_k(k, c, j) for c in right) for j in ks}
     row |= {"zero_advantage_groups": average(dead), "reward": average(r.reward for r in sampled), **part_means(sampled)}
@@ -926,12 +932,7 @@ def evaluate(sampler, tokenizer, task, problems: list[Problem], config: Config, 
 
 def evaluation_problems(task, tokenizer, model, config: Config) -> list[Problem]:
     """The evaluation problems whose prompts fit; checks the task and the lengths on the way, before any long work."""
-    window = getattr(model.config, "max_position_embeddings", None)
-    if window and config.max_prompt_tokens + config.max_completion_tokens > window:
-        raise UsageError(
-            f"max_prompt_tokens {config.max_prompt_tokens} + max_completion_tokens {config.max_completion_tokens} "
-            f"is more than the model's {window} positions: lower one of them"
-        )
+    loading.check_window(model.config, config)
     problems = [Problem(example, *encode_prompt(tokenizer, task, example)) for example in task.eval()]
     fitting = [problem for problem in problems if len(problem.ids) <= config.max_prompt_tokens]
     if not fitting:
@@ -958,52 +959,40 @@ def check_logits(model, prompt: list[int]) -> None:
 
 def setup(config: Config):
     """Everything that a run needs, checked before any long work and before a folder is made."""
-    task, accelerator = load_task(config.task, config.task_args), make_accelerator(config)
+    task, accelerator = loading.load_task(config.task, config.task_args), loading.make_accelerator(config)
     folder = RunFolder(Path(config.resume)) if config.resume else None
     if folder and not folder.checkpoints():
         raise UsageError(f"{folder.path} holds no checkpoint to go on from: start a new run")
     name = str(folder.checkpoints()[-1]) if folder else config.model
-    model_config, device, bf16 = load_model_config(name), accelerator.device, accelerator.mixed_precision == "bf16"
-    kind = choose_sampler(config, model_config, device)
-    check_memory(model_config, config, device, bf16, kind == "vllm")
-    model, tokenizer = load_model(name)
+    model_config = loading.load_model_config(name)
+    device, bf16 = accelerator.device, accelerator.mixed_precision == "bf16"
+    kind = loading.choose_sampler(config, model_config, device)
+    memory.check_memory(model_config, config, device, bf16, kind == "vllm")
+    model, tokenizer = loading.load_model(name, config.gradient_checkpointing)
     model.eval()
-    problems, eos = evaluation_problems(task, tokenizer, model, config), find_eos(model, tokenizer)
+    problems, eos = evaluation_problems(task, tokenizer, model, config), loading.find_eos(model, tokenizer)
     check_logits(model, problems[0].ids)
-    if config.gradient_checkpointing:
-        if not model.supports_gradient_checkpointing:
-            raise UsageError(f"gradient_checkpointing is not there for {type(model).__name__}: leave it off")
-        model.gradient_checkpointing_enable()
     torch.manual_seed(config.seed)
-    policy = Policy(model, config.temperature)
+    policy = Policy(model, config.temperature, entropy_gradient=config.entropy_coef > 0)
     fused = device.type == "cuda"  # one kernel, without a copy of all moments on the way
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=fused)
     policy, optimizer = accelerator.prepare(policy, optimizer)
     if kind == "vllm":
-        sampler = VLLMSampler(local_name(name), model, eos, config, bf16)
+        sampler = VLLMSampler(loading.local_name(name), model, eos, config, bf16)
         sampler.sync()
-        check_sampler(sampler, policy, [problem.ids for problem in problems], accelerator, config)
+        prompts, gap = [problem.ids for problem in problems], partial(logp_gap, policy, accelerator)
+        loading.check_sampler(sampler, policy, prompts, gap, config)
     else:
         sampler = TorchSampler(model, eos, config.sample_rows, accelerator.autocast)
     reference = None
     if config.kl_coef > 0:
-        reference = Policy(load_model(config.model)[0], config.temperature).requires_grad_(False)
+        reference = Policy(loading.load_model(config.model)[0], config.temperature).requires_grad_(False)
         reference.to("cpu" if config.offload_reference else accelerator.device)
     start = {"step": 0, "tokens": 0, "kl_coef": config.kl_coef}
     state = folder.resume(optimizer, config.steps) if folder else start
     folder = folder or RunFolder.create(config)
     folder.write_config(config)
-    print(
-        f"GRPO: {config.model} ({sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters) on {config.task}, "
-        f"{config.steps} steps of {config.prompts_per_step} prompts x {config.group_size} completions, "
-        f"lr {config.lr:g}, on {accelerator.device}. {config.about if config.steps else ''}\nrun folder: {folder.path}"
-    )
-    if state["step"]:
-        print(f"going on after step {state['step']}")
-    if config.uses_trainer_logps:
-        print("the ratio is taken against log-probs of the trainer: one more forward pass a step")
-    if config.kl_coef > 0 and config.drops_dead_groups:
-        print("dead groups are dropped although kl_coef is positive: they will not be pulled toward the reference")
+    run_folder.announce(config, folder.path, model, device, state["step"])
     return task, accelerator, model, tokenizer, problems, policy, optimizer, sampler, reference, folder, state
 
 
@@ -1017,10 +1006,8 @@ def train(config: Config) -> dict[str, Any]:
     def save_checkpoint():
         folder.save_checkpoint(step, model, tokenizer, optimizer, config.keep_last, tokens=tokens, kl_coef=kl_coef)
 
-    bar = tqdm(
-        total=config.steps, initial=step, unit="step", smoothing=0.1, dynamic_ncols=True, disable=not config.steps
-    )
-    with finish_step_on_signal() as stop:
+    bar = tqdm(total=config.steps, initial=step, unit="step", dynamic_ncols=True, disable=not config.steps)
+    with run_folder.finish_step_on_signal() as stop:
         while not stop.is_set():
             is_due = step in (0, config.steps) or (config.eval_steps and step % config.eval_steps == 0)
             if is_due and (not evaluations or evaluations[-1]["step"] < step):
@@ -1028,48 +1015,50 @@ def train(config: Config) -> dict[str, Any]:
                 folder.log_evaluation(row, details)
                 evaluations.append(row)
                 if step == 0 or step < config.steps:  # the last one is shown beside the first
-                    tqdm.write(evaluation_table([row]) + ("" if step else f"\n  {verdict(row)}"))
+                    tqdm.write(run_folder.evaluation_table([row]) + ("" if step else f"\n  {run_folder.verdict(row)}"))
             if step == config.steps or stop.is_set():
                 break
 
             step += 1
             start = time.time()
-            rollouts, too_long = collect(sampler, tokenizer, task, config, step)
+            now = replace(config, kl_coef=kl_coef)
+            rollouts, counts = collect(sampler, tokenizer, task, now, step)
             sampler.sleep()
             sampled = time.time()
             if config.uses_trainer_logps:
                 add_logps("old_logps", policy, rollouts, accelerator, config)
             if reference is not None:
                 add_logps("ref_logps", reference, rollouts, accelerator, config)
-            learned = update(policy, optimizer, accelerator, rollouts, replace(config, kl_coef=kl_coef), step)
+            assign_advantages(rollouts, now)
+            learned = update(policy, optimizer, accelerator, rollouts, now, step)
             if config.kl_target:
                 kl_coef = adapted_kl_coef(kl_coef, learned["kl_ref"], config.kl_target)
             trained = time.time()
             sampler.sync()
             synced = time.time()
 
-            step_tokens = sum(r.length for r in rollouts)
+            step_tokens = counts.pop("step_tokens")
             tokens += step_tokens
             row = {
                 "step": step,
                 **rollout_metrics(rollouts, config.group_size),
                 **learned,
-                "prompts_too_long": too_long,
+                **counts,
                 "tokens": tokens,
                 "tokens_per_second": step_tokens / (synced - start),
                 "seconds_sample": sampled - start,
                 "seconds_train": trained - sampled,
                 "seconds_sync": synced - trained,
-                "peak_memory": peak_memory(accelerator.device),
+                "peak_memory": run_folder.peak_memory(accelerator.device),
             }
             folder.log_step(row, rollouts)
             bar.update()
             bar.set_postfix({key: f"{row[key]:.2f}" for key in ("reward", "length", "zero_advantage_groups")})
-            if (row["sampler_logp_gap"] or 0) > MAX_LOGP_GAP:
+            if (row["sampler_logp_gap"] or 0) > loading.MAX_LOGP_GAP:
                 gap = f"{row['sampler_logp_gap']:.3f}"
                 tqdm.write(f"step {step}: the sampler's log-probs differ from the trainer's by {gap} on average")
             if config.print_steps and (step == 1 or step % config.print_steps == 0):
-                show_rollouts(step, rollouts)
+                run_folder.show_rollouts(step, rollouts)
             if step % config.save_steps == 0 or step == config.steps:
                 save_checkpoint()
     bar.close()
@@ -1083,13 +1072,16 @@ def train(config: Config) -> dict[str, Any]:
         return result | {"interrupted": True}
     if config.steps == 0:
         rollouts, _ = collect(sampler, tokenizer, task, config, 1)
+        if reference is not None:
+            add_logps("ref_logps", reference, rollouts, accelerator, config)
+        assign_advantages(rollouts, config)
         lengths = torch.tensor([r.length for r in rollouts])
         weights = token_weights(lengths, config.loss_weight, config.max_completion_tokens).tolist()
-        show_group(rollouts, weights, tokenizer, config.group_size)
+        run_folder.show_group(rollouts, weights, tokenizer, config.group_size)
         return result
     model.save_pretrained(folder.path / "final")
     tokenizer.save_pretrained(folder.path / "final")
-    print(evaluation_table([evaluations[0], evaluations[-1]]))
+    print(run_folder.evaluation_table([evaluations[0], evaluations[-1]]))
     print(f"{time.time() - started:.0f} s; model: {folder.path / 'final'}, curves: {folder.plot()}")
     return result
 

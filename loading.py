@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import nn
 
-from settings import HERE, Config, UsageError
+from settings import HERE, Config, Sampling, UsageError
 
 TASKS = {"arithmetic": "mathformer:ArithmeticTask", "countdown": "tasks:Countdown"}
 TASKS |= {"gsm8k": "tasks:GSM8K", "math": "tasks:Math"}
@@ -78,7 +78,7 @@ def load_model_config(name: str):
         return transformers.AutoConfig.from_pretrained(name)
 
 
-def load_model(name: str):
+def load_model(name: str, gradient_checkpointing: bool = False):
     """The causal language model in float32, without dropout, and its tokenizer; from a folder or the Hub."""
     transformers.utils.logging.disable_progress_bar()  # of loading and saving: they would break up our own
     config, name = load_model_config(name), local_name(name)
@@ -97,7 +97,21 @@ def load_model(name: str):
             is_dropout = "drop" in setting or (setting == "p" and isinstance(module, nn.modules.dropout._DropoutNd))
             if is_dropout and isinstance(value, float):
                 setattr(module, setting, 0.0)
+    if gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise UsageError(f"gradient_checkpointing is not there for {type(model).__name__}: leave it off")
+        model.gradient_checkpointing_enable()
     return model, tokenizer
+
+
+def check_window(model_config, config: Config) -> None:
+    """Raises UsageError if prompt and completion together can be longer than the model can read."""
+    window = getattr(model_config, "max_position_embeddings", None)
+    if window and config.max_prompt_tokens + config.max_completion_tokens > window:
+        raise UsageError(
+            f"max_prompt_tokens {config.max_prompt_tokens} + max_completion_tokens {config.max_completion_tokens} "
+            f"is more than the model's {window} positions: lower one of them"
+        )
 
 
 def find_eos(model, tokenizer) -> list[int]:
@@ -146,3 +160,50 @@ def choose_sampler(config: Config, model_config, device: torch.device) -> str:
         if not platform.is_cpu() and device.type == "cpu":
             raise UsageError("sampler is vllm, and this build of vLLM needs a GPU, but there is none: --sampler torch")
     return config.sampler
+
+
+MAX_LOGP_GAP = 0.05  # mean difference in log-prob of sampler and trainer: rounding is below 0.02, also in bf16
+
+
+@torch.no_grad()
+def check_sampler(sampler, policy: nn.Module, prompts: list[list[int]], gap, config: Config) -> None:
+    """Proves that new weights reach a sampler with weights of its own, before the run depends on it.
+
+    Every weight is changed until the log-probs visibly are; then the sampler must follow; then the true weights go
+    back, and it must follow again. A sync that does nothing, forgets a layer or keeps a prefix cache does not pass.
+
+    Args:
+        prompts: token ids to sample from.
+        gap: from rollouts to the mean difference of their log-probs from those of `policy`.
+
+    Raises:
+        UsageError: it does not follow.
+    """
+    # as long as they may be: a prefix cache works on whole blocks of tokens
+    prompts = [(ids * config.max_prompt_tokens)[: config.max_prompt_tokens] for ids in prompts[:4]]
+    sampling = Sampling(min(16, config.max_completion_tokens), config.temperature)
+
+    def require_equal(when: str):
+        rollouts = sampler.generate(prompts, 2, sampling, config.seed)
+        if (found := gap(rollouts)) > MAX_LOGP_GAP:
+            raise UsageError(
+                f"{when}, vLLM's log-probs differ from the trainer's by {found:.3f} on average: it does not sample "
+                "from the policy that is trained. Use --sampler torch, and check that the versions in "
+                "requirements-gpu.txt are installed"
+            )
+        return rollouts
+
+    before = require_equal("at the start")
+    true = [p.detach().to("cpu", copy=True) for p in policy.parameters()]
+    generator = torch.Generator().manual_seed(config.seed)
+    scale = 0.05
+    while gap(before) < 0.5 and scale < 10:
+        for p, value in zip(policy.parameters(), true, strict=True):
+            p.copy_(value + scale * value.abs().mean() * torch.randn(value.shape, generator=generator))
+        scale *= 2
+    sampler.sync()
+    require_equal("after the weights were changed")
+    for p, value in zip(policy.parameters(), true, strict=True):
+        p.copy_(value)
+    sampler.sync()
+    require_equal("after the weights were set back")

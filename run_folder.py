@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -65,7 +66,8 @@ class RunFolder:
         self.append("metrics.jsonl", [row])
         rows = [
             {"step": row["step"], "prompt_id": hashlib.sha256(r.prompt.encode()).hexdigest()[:8], "prompt": r.prompt}
-            | {"completion": r.text, **r.parts, "advantage": r.advantage, "length": r.length, "truncated": r.truncated}
+            | {"completion": r.text, **r.parts, "penalty": r.penalty, "advantage": r.advantage}
+            | {"length": r.length, "truncated": r.truncated}
             for r in rollouts
         ]
         self.append("rollouts.jsonl", rows)
@@ -162,6 +164,20 @@ def printable(text: str, limit: int = 160) -> str:
     return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
 
 
+def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of a share seen in n trials (Wilson's, sound near 0 and 1 too)."""
+    center = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    # rounding would leave a share of 0 or 1 outside
+    return max(0.0, min(center - half, share)), min(1.0, max(center + half, share))
+
+
+def clustered_interval(shares: list[float], z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of the mean of per-prompt shares: the prompts are the sample, not their completions."""
+    half = z * torch.tensor(shares).std().item() / math.sqrt(len(shares)) if len(shares) > 1 else 1.0
+    return max(0.0, fmean(shares) - half), min(1.0, fmean(shares) + half)
+
+
 def evaluation_table(rows: list[dict]) -> str:
     """The evaluations side by side: one, or before and after."""
 
@@ -222,6 +238,21 @@ def show_group(rollouts: list, weights: list[float], tokenizer, group_size: int)
     for r, weight in list(zip(rollouts, weights, strict=True))[first : first + group_size]:
         tokens = printable(" ".join(tokenizer.convert_ids_to_tokens(r.completion_ids)), 2000)
         print(f"  {r.reward:6.2f} {r.advantage:+9.3f} {weight:9.2e} {r.length:6d}  {tokens}")
+
+
+def announce(config: Config, path: Path, model, device, step: int) -> None:
+    """The first lines of a run."""
+    print(
+        f"GRPO: {config.model} ({sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters) on {config.task}, "
+        f"{config.steps} steps of {config.prompts_per_step} prompts x {config.group_size} completions, "
+        f"lr {config.lr:g}, on {device}. {config.about if config.steps else ''}\nrun folder: {path}"
+    )
+    if step:
+        print(f"going on after step {step}")
+    if config.uses_trainer_logps:
+        print("the ratio is taken against log-probs of the trainer: one more forward pass a step")
+    if config.drops_dead_groups and (config.entropy_coef or (config.kl_coef > 0 and config.kl_in == "loss")):
+        print("dead groups are dropped although the loss has a KL penalty or an entropy bonus: they will not have it")
 
 
 @contextmanager

@@ -77,10 +77,14 @@ class Config:
     """completions that are sampled at the same time, but at least one whole group"""
 
     # The algorithm
-    advantage: Literal["grpo", "dr_grpo"] = "grpo"
-    """how rewards of a group become advantages (group_advantages)"""
+    advantage: Literal["grpo", "dr_grpo", "rloo", "batch", "maxrl"] = "grpo"
+    """how the rewards of a group become advantages (group_advantages)"""
     loss_weight: Literal["token", "sequence", "constant"] = "token"
     """how tokens are averaged: token (DAPO), sequence (GRPO), constant (Dr. GRPO) (token_weights)"""
+    ratio: Literal["token", "sequence"] = "token"
+    """new over old probability of each token (GRPO), or the geometric mean of a completion's (GSPO) (policy_loss)"""
+    surrogate: Literal["clip", "cispo"] = "clip"
+    """what is done to large ratios: clip removes their tokens' gradient (PPO), cispo bounds it (policy_loss)"""
     clip_low: float = 0.2
     """the ratio is clipped below 1 - clip_low"""
     clip_high: float = 0.2
@@ -88,17 +92,29 @@ class Config:
     kl_coef: float = 0.0
     """weight of the KL penalty toward the model as it was at the start; 0 needs no second model"""
     kl_kind: Literal["k1", "k2", "k3"] = "k3"
-    """estimator of that KL (kl_estimate)"""
+    """estimator of that KL in the loss, and of the metric (kl_estimate)"""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """where the penalty goes: into the loss of each token, or, as k1 summed over the tokens, off the reward"""
     kl_target: float = 0.0
     """let kl_coef, then only its first value, rise and fall so that kl_ref comes to this (adapted_kl_coef); 0 is off"""
+    entropy_coef: float = 0.0
+    """weight of an entropy bonus, which keeps the policy from becoming certain too early"""
     old_logps: Literal["sampler", "trainer"] = "sampler"
     """whose log-probs the ratio is taken against; with top_k or top_p on it is always the trainer"""
     epochs: int = 1
     """passes over the completions of a step"""
     minibatches: int = 1
     """optimizer steps a pass; must divide prompts_per_step * group_size"""
-    drop_dead_groups: bool | None = None
-    """leave groups of equal rewards out of the backward pass; by default exactly when kl_coef is 0"""
+    importance_cap: float = 0.0
+    """weight tokens by trainer over sampler probability, at most this, with old_logps trainer (batch_loss); 0 is off"""
+    dead_groups: Literal["auto", "keep", "drop", "resample"] = "auto"
+    """groups of equal rewards: keep, drop (no backward pass), or replace by fresh ones; auto drops where it is exact"""
+    resample_rounds: int = 0
+    """with dead_groups resample: how often at most a step draws fresh prompts in the place of dead groups"""
+    mask_truncated: bool = False
+    """leave completions that were cut off out of the loss"""
+    overlong_buffer: int = 0
+    """take up to 1 off the reward along the last so many tokens before the cut (overlong_penalty); 0 is off"""
     offload_reference: bool = False
     """keep the reference model on the CPU while it is not needed"""
 
@@ -152,8 +168,24 @@ class Config:
                 raise UsageError(f"{f.name} is {value}, it must be greater than 0")
         if self.top_p > 1:
             raise UsageError(f"top_p is {self.top_p}, it must be at most 1")
-        if self.kl_target and not self.kl_coef:
-            raise UsageError("kl_target changes kl_coef by factors, so kl_coef must start above 0: try 0.05")
+        contradictions = [
+            (self.kl_target and not self.kl_coef,
+             "kl_target changes kl_coef by factors, so kl_coef must start above 0: try 0.05"),
+            (self.kl_in == "reward" and not self.kl_coef,
+             "kl_in is reward, but kl_coef is 0, so there is no penalty: try --kl_coef 0.05"),
+            (self.importance_cap and not self.uses_trainer_logps,
+             "importance_cap weights by the trainer's old log-probs over the sampler's, and needs --old_logps trainer: "
+             "with sampler, the ratio has that factor in it already"),
+            (self.dead_groups == "resample" and not self.resample_rounds,
+             "dead_groups is resample, without a bound: set --resample_rounds, for example 3"),
+            (self.overlong_buffer >= self.max_completion_tokens,
+             f"overlong_buffer is {self.overlong_buffer}, it must be below max_completion_tokens"),
+            (self.advantage == "maxrl" and (self.overlong_buffer or self.kl_in == "reward"),
+             "advantage maxrl is for rewards of 0 and more, which overlong_buffer and kl_in reward can make negative"),
+        ]  # fmt: skip
+        for is_so, message in contradictions:
+            if is_so:
+                raise UsageError(message)
         if (rows := self.prompts_per_step * self.group_size) % self.minibatches:
             raise UsageError(f"minibatches is {self.minibatches}, it must divide the {rows} completions of a step")
 
@@ -168,7 +200,9 @@ class Config:
 
     @property
     def drops_dead_groups(self) -> bool:
-        return self.kl_coef == 0 if self.drop_dead_groups is None else self.drop_dead_groups
+        if self.dead_groups == "auto":  # an advantage of 0 has no gradient, but a penalty or a bonus in the loss has
+            return self.entropy_coef == 0 and (self.kl_coef == 0 or self.kl_in == "reward")
+        return self.dead_groups != "keep"
 
     @property
     def sampling(self) -> "Sampling":
@@ -178,7 +212,7 @@ class Config:
 LOWEST = dict(group_size=2, prompts_per_step=1, max_prompt_tokens=1, max_completion_tokens=1, sample_rows=1, epochs=1)
 LOWEST |= dict(minibatches=1, tokens_per_microbatch=1, eval_samples=1, save_steps=1, keep_last=1, steps=0, top_k=0)
 LOWEST |= dict(kl_coef=0, kl_target=0, clip_low=0, clip_high=0, warmup_steps=0, weight_decay=0, eval_steps=0)
-LOWEST |= dict(print_steps=0, kv_cache_gb=0)
+LOWEST |= dict(print_steps=0, kv_cache_gb=0, importance_cap=0, resample_rounds=0, overlong_buffer=0)
 CHANGEABLE_ON_RESUME = {"steps", "eval_steps", "save_steps", "keep_last", "print_steps", "about", "runs", "resume"}
 # what memory needs
 CHANGEABLE_ON_RESUME |= {"tokens_per_microbatch", "gradient_checkpointing", "offload_reference", "vllm_sleep"}

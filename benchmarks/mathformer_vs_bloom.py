@@ -19,6 +19,7 @@ import torch
 import transformers
 
 import grpo
+import loading
 from mathformer import ArithmeticTask, MathformerForCausalLM
 from mathformer.tokenizer import build_tokenizer
 from mathformer.train import PretrainConfig, batches, build_model
@@ -103,7 +104,7 @@ def main() -> None:
         print(f"| {name} | {a:,.0f} | {b:,.0f} | {statistics.median(ratios):.2f} | {spread} |")
 
     print("| | ours, tokens/s | BLOOM, tokens/s | ratio | of all turns |\n| --- | --- | --- | --- | --- |")
-    trained, _ = grpo.load_model(options.trained)
+    trained, _ = loading.load_model(options.trained)
     models = {"trained": (trained, bloom_of(trained))}
     for size in options.sizes:
         model = build_model(size, tokenizer)

@@ -17,6 +17,8 @@ import torch
 import yaml
 
 import grpo
+import loading
+import run_folder
 from mathformer.command_line import check_folder_of, errors_as_lines, parse_settings
 from mathformer.expressions import depth, leaves, parse, symbols
 from mathformer.expressions import evaluate as evaluate_expression
@@ -61,7 +63,7 @@ def load_checkpoint(path: str, modelsize: str | None = None, num_experts: int | 
     Raises:
         grpo.UsageError: it is no small model, has another vocabulary, or another size than was asked for.
     """
-    model, tokenizer = grpo.load_model(path)
+    model, tokenizer = loading.load_model(path)
     kind, vocabulary = model.config.model_type, build_tokenizer().get_vocab()
     if kind != "mathformer":
         raise grpo.UsageError(f"{path} is a {kind} model: only one of mathformer.train fits here; for others, grpo.py")
@@ -113,7 +115,7 @@ def accuracy_by(problems: list[dict], right: list[dict[str, float]]) -> list[dic
         row = {"problems": name, "n": len(kinds[name])}
         for how in right[0]:
             row[how] = grpo.average(right[i][how] for i in kinds[name])
-        row["greedy_low"], row["greedy_high"] = grpo.wilson_interval(row["greedy"], row["n"])
+        row["greedy_low"], row["greedy_high"] = run_folder.wilson_interval(row["greedy"], row["n"])
         rows.append(row)
     return rows
 
@@ -176,9 +178,9 @@ def evaluate(config: EvaluationConfig) -> dict | None:
         max_completion_tokens=config.max_gen_len,
         seed=config.seed,
     )
-    task = grpo.load_task(settings.task, settings.task_args)
-    device = grpo.make_accelerator(settings).device
-    sampler = grpo.TorchSampler(model.to(device), grpo.find_eos(model, tokenizer), settings.sample_rows)
+    task = loading.load_task(settings.task, settings.task_args)
+    device = loading.make_accelerator(settings).device
+    sampler = grpo.TorchSampler(model.to(device), loading.find_eos(model, tokenizer), settings.sample_rows)
     with torch.no_grad():
         if config.expression:
             show_expression(config.expression, sampler, tokenizer, task, settings)
@@ -197,9 +199,9 @@ def evaluate(config: EvaluationConfig) -> dict | None:
         for i, detail in enumerate(details)
     ]
     rows = accuracy_by([problem.example for problem in problems], right)
-    print(grpo.evaluation_table([row]))
+    print(run_folder.evaluation_table([row]))
     print("  pass@k: " + ", ".join(f"{k}: {value:.1%}" for k, value in row["pass_at_k"].items()))
-    print(f"  {grpo.verdict(row)}\n\n{table(rows)}")
+    print(f"  {run_folder.verdict(row)}\n\n{table(rows)}")
     print("  (worked: made to show its steps; direct: made to answer at once; both greedy; [..]: 95 % interval)")
     result = {"checkpoint": config.checkpoint, "settings": settings.task_args, "evaluation": row, "accuracy": rows}
     if model.config.num_experts > 1:

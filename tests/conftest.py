@@ -139,8 +139,17 @@ def row_logps(model, rollout: grpo.Rollout, temperature: float = 1.0) -> torch.T
     return torch.stack(rows)
 
 
+def row_entropies(model, rollout: grpo.Rollout, temperature: float = 1.0) -> torch.Tensor:
+    """The oracle: entropies [T] at the completion's positions, from the model's own logits."""
+    logits = model(torch.tensor([rollout.prompt_ids + rollout.completion_ids])).logits[0].double() / temperature
+    start = len(rollout.prompt_ids) - 1
+    logps = logits[start : start + rollout.length].log_softmax(-1)
+    return -(logps.exp() * logps).sum(-1)
+
+
 def expected_loss(model, rollouts: list[grpo.Rollout], config: grpo.Config) -> torch.Tensor:
-    """The oracle: the whole loss of one optimizer step as a double loop over rows and tokens."""
+    """The oracle: the whole loss of one optimizer step as a double loop, as the papers write it."""
+    rollouts = [r for r in rollouts if not (config.mask_truncated and r.truncated)]
     total_tokens = sum(len(r.completion_ids) for r in rollouts)
     total = 0.0
     for r in rollouts:
@@ -149,23 +158,34 @@ def expected_loss(model, rollouts: list[grpo.Rollout], config: grpo.Config) -> t
             "sequence": 1 / (len(rollouts) * len(r.completion_ids)),
             "constant": 1 / (len(rollouts) * config.max_completion_tokens),
         }[config.loss_weight]
-        for logp, old, ref in zip(row_logps(model, r, config.temperature), r.logps, r.ref_logps, strict=True):
-            ratio = (logp - old).exp()
+        logps, entropies = row_logps(model, r, config.temperature), row_entropies(model, r, config.temperature)
+        olds = r.old_logps if config.old_logps == "trainer" else r.logps
+        of_row = (sum(logp - old for logp, old in zip(logps, olds, strict=True)) / len(logps)).exp()
+        for logp, old, sampled, ref, entropy in zip(logps, olds, r.logps, r.ref_logps, entropies, strict=True):
+            own = (logp - old).exp()
+            ratio = of_row if config.ratio == "sequence" else own
+            if config.ratio == "sequence" and config.importance_cap:  # weights of tokens: GSPO-token, section 4.3
+                ratio = of_row.detach() * (logp - logp.detach()).exp()
             clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
             surrogate = torch.minimum(ratio * r.advantage, clipped * r.advantage)
+            if config.surrogate == "cispo":
+                surrogate = min(ratio.item(), 1 + config.clip_high) * r.advantage * logp
+            if config.importance_cap:
+                surrogate = surrogate * min(math.exp(old - sampled), config.importance_cap)
             difference = logp - ref
             kl = {
                 "k1": lambda r, d: r * d,
                 "k2": lambda r, d: r.detach() * d * d / 2,
                 "k3": lambda r, d: r * ((-d).exp() - 1 + d),
-            }[config.kl_kind](ratio, difference)
-            total = total + weight * (-surrogate + config.kl_coef * kl)
+            }[config.kl_kind](own, difference)
+            kl = kl if config.kl_in == "loss" else 0.0
+            total = total + weight * (-surrogate + config.kl_coef * kl - config.entropy_coef * entropy)
     return total
 
 
 def updated(model, rollouts, config, accelerator) -> tuple[dict, dict]:
     """Metrics of one `update` by plain SGD of rate 1, and minus the gradients that it applied, by parameter name."""
-    policy = grpo.Policy(copy.deepcopy(model), config.temperature)
+    policy = grpo.Policy(copy.deepcopy(model), config.temperature, entropy_gradient=config.entropy_coef > 0)
     before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
     config.lr = 1.0

@@ -10,6 +10,7 @@ import torch
 from conftest import is_close
 
 import grpo
+import run_folder
 
 
 def test_pass_at_k_equals_enumeration():
@@ -27,14 +28,14 @@ def test_pass_at_k_refuses_nonsense(n, c, k):
 
 
 def test_wilson_interval_of_a_known_case():
-    low, high = grpo.wilson_interval(0.9, 10)  # 9 of 10: the textbook's 0.596 to 0.982
+    low, high = run_folder.wilson_interval(0.9, 10)  # 9 of 10: the textbook's 0.596 to 0.982
     assert is_close(low, 0.5958, 1e-3) and is_close(high, 0.9821, 1e-3)
     for n in range(1, 600):  # the share is inside its interval, or the error bars of the plot would be negative
-        assert grpo.wilson_interval(0.0, n)[0] <= 0 and grpo.wilson_interval(1.0, n)[1] >= 1
+        assert run_folder.wilson_interval(0.0, n)[0] <= 0 and run_folder.wilson_interval(1.0, n)[1] >= 1
 
 
 def test_clustered_interval_counts_prompts_not_completions():
-    low, high = grpo.clustered_interval([0.0, 1.0] * 50)
+    low, high = run_folder.clustered_interval([0.0, 1.0] * 50)
     half = 1.96 * (0.5 * (100 / 99) ** 0.5) / 10
     assert is_close(low, 0.5 - half, 1e-5) and is_close(high, 0.5 + half, 1e-5)
 
@@ -51,10 +52,11 @@ def test_rollout_metrics_by_hand():
         rollout(0.5, 6, text="Wait, let me check", format=0.0, dead=True, worked=1.0),
         rollout(0.5, 8, dead=True, worked=0.0),
     ]
+    rollouts[0].penalty = 0.5
     metrics = grpo.rollout_metrics(rollouts, group_size=2)
     expected = dict(reward=0.5, correct=0.25, format=0.75, pass_at_group=0.5, zero_advantage_groups=0.5, length=5.0)
     expected |= dict(length_correct=2.0, length_wrong=6.0, truncated=0.25, reflections=0.25, worked=0.5)
-    expected |= dict(reward_std=0.5**0.5 / 2)
+    expected |= dict(reward_std=0.5**0.5 / 2, penalty=0.125)
     assert metrics.keys() == expected.keys()
     for key, value in expected.items():
         assert is_close(metrics[key], value), key
@@ -133,7 +135,7 @@ def verdict_row(dead, pass_1, pass_8, truncated=0.0, format=1.0):
     ],
 )
 def test_verdict(row, said):
-    assert said in grpo.verdict(row)
+    assert said in run_folder.verdict(row)
 
 
 def test_prefill_is_prompted_and_judged(tokenizer, make_config):
@@ -181,6 +183,7 @@ def test_draws_depend_on_seed_and_step_and_leave_long_prompts_out(tokenizer, mak
 def test_collect_gives_each_group_its_own_advantages(tokenizer, make_config):
     config = make_config(prompts_per_step=3, group_size=4)
     rollouts, _ = grpo.collect(FakeSampler(), tokenizer, FakeTask(), config, 1)
+    grpo.assign_advantages(rollouts, config)
     rewards = torch.tensor([r.reward for r in rollouts]).view(3, 4)
     assert torch.allclose(torch.tensor([r.advantage for r in rollouts]).view(3, 4), grpo.group_advantages(rewards))
     assert [r.dead for r in rollouts] == [True] * 4 + [False] * 8

@@ -37,7 +37,7 @@ def test_auto_takes_vllm_for_language_models_on_a_gpu(installed, device, model, 
 
 def test_a_missing_vllm_is_one_line(monkeypatch, make_config):
     monkeypatch.setattr(loading, "find_spec", lambda name: None)
-    monkeypatch.setattr(grpo, "load_model", lambda name: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(loading, "load_model", lambda name: pytest.fail("the model was loaded"))
     with pytest.raises(grpo.UsageError, match="not installed: pip install -r requirements-gpu.txt, or"):
         grpo.train(make_config(sampler="vllm"))
 

@@ -8,6 +8,7 @@ import transformers
 from conftest import row_logps
 
 import grpo
+import loading
 from mathformer import MathformerConfig, MathformerForCausalLM
 from mathformer.model import MixtureOfExperts, alibi_slopes, load_balancing_loss
 from mathformer.tokenizer import VOCABULARY
@@ -131,7 +132,7 @@ def test_dropout_acts_in_training_only(tokenizer):
 def test_reinforcement_learning_takes_dropout_out(tokenizer, tmp_path):
     build_model("tiny", tokenizer, dropout=0.5).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    model, _ = grpo.load_model(str(tmp_path))
+    model, _ = loading.load_model(str(tmp_path))
     model.train()
     ids = torch.randint(3, 33, (2, 10))
     assert torch.equal(model(ids).logits, model(ids).logits)
@@ -210,7 +211,7 @@ def test_a_mixture_is_saved_loaded_and_sampled_like_any_model(tokenizer, tmp_pat
             parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    loaded, _ = grpo.load_model(str(tmp_path))
+    loaded, _ = loading.load_model(str(tmp_path))
     ids = torch.randint(3, 33, (2, 10), generator=torch.Generator().manual_seed(0))
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     assert loaded(ids).router_logits is None

@@ -7,6 +7,7 @@ import torch
 import transformers
 
 import grpo
+import loading
 import memory
 from memory import Shape
 
@@ -181,7 +182,7 @@ def test_too_large_a_model_is_refused_before_it_is_loaded(tmp_path, monkeypatch,
     transformers.Qwen2Config(**QWEN_3B).save_pretrained(tmp_path)  # a config.json, and no weights
     tokenizer.save_pretrained(tmp_path)
     monkeypatch.setattr(memory, "free_memory", lambda device: 8e9)
-    monkeypatch.setattr(grpo, "load_model", lambda name: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(loading, "load_model", lambda name: pytest.fail("the model was loaded"))
     with pytest.raises(grpo.UsageError, match="GB of memory, 8.0 are free"):
         grpo.train(grpo.Config(model=str(tmp_path), task="arithmetic", runs=str(tmp_path / "runs")))
     assert not (tmp_path / "runs").exists()

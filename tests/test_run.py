@@ -109,9 +109,10 @@ def test_a_run_leaves_a_complete_folder(run, tmp_path, pays_length):
 
 def test_every_metric_is_logged_under_its_name(run, pays_length):
     row = rows(run(kl_coef=0.01)["run"], "metrics.jsonl")[0]
-    names = "step reward reward_std correct format worked pass_at_group zero_advantage_groups length length_correct "
-    names += "length_wrong truncated reflections loss kl_ref kl_coef entropy grad_norm lr clipped_low clipped_high "
-    names += "ratio_max sampler_kl sampler_logp_gap skipped_updates prompts_too_long tokens tokens_per_second "
+    names = "step reward reward_std penalty correct format worked pass_at_group zero_advantage_groups length "
+    names += "length_correct length_wrong truncated reflections loss kl_ref kl_coef entropy grad_norm lr clipped_low clipped_high "
+    names += "ratio_max sampler_kl sampler_logp_gap skipped_updates prompts_too_long tokens "
+    names += "tokens_per_second resampled_groups "
     names += "seconds_sample seconds_train seconds_sync peak_memory"
     assert list(row) and set(row) == set(names.split())
     readme = Path("README.md").read_text()
@@ -227,7 +228,7 @@ def test_bf16_is_bf16_and_sampler_and_trainer_agree_in_it(run):
 
 
 def test_a_second_interrupt_stops_at_once():
-    with pytest.raises(KeyboardInterrupt), grpo.finish_step_on_signal() as stop:
+    with pytest.raises(KeyboardInterrupt), run_folder.finish_step_on_signal() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.is_set()
         os.kill(os.getpid(), signal.SIGINT)
@@ -404,7 +405,7 @@ def test_dead_groups_are_kept_under_a_kl_penalty_also_from_a_saved_config(run, p
     config = grpo.parse_config(["--config", str(folder / "config.yaml"), "--kl_coef", "0.1"])
     assert not config.drops_dead_groups
     assert grpo.parse_config(["--config", str(folder / "config.yaml")]).drops_dead_groups
-    assert grpo.parse_config(["--kl_coef", "0.1", "--drop_dead_groups", "true"]).drops_dead_groups
+    assert grpo.parse_config(["--kl_coef", "0.1", "--dead_groups", "drop"]).drops_dead_groups
 
 
 @pytest.mark.parametrize("at", ["first evaluation", "last evaluation"])
@@ -451,7 +452,7 @@ def test_countdown_recipes_run_on_a_tiny_local_model(recipe, qwen3_folder, tmp_p
         assert rollout["completion"].startswith("Let me solve this step by step.\n<think>")
     else:
         assert rollout["prompt"].startswith("Numbers: [")
-    grpo.load_model(str(summary["run"] / "final"))
+    loading.load_model(str(summary["run"] / "final"))
 
 
 @pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=lambda path: path.stem)

@@ -7,6 +7,7 @@ from transformers import BloomConfig, BloomForCausalLM, Gemma2Config, Gemma2ForC
 from transformers.cache_utils import DynamicLayer
 
 import grpo
+import loading
 
 EOS = 2
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11], [12, 13, 14]]
@@ -172,7 +173,7 @@ def test_loaded_models_have_no_dropout_and_float32_weights(tmp_path, tokenizer, 
         saved = BloomForCausalLM(BloomConfig(vocab_size=33, hidden_size=32, n_layer=2, n_head=4, **dropout))
     saved.to(torch.bfloat16).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    model, _ = grpo.load_model(str(tmp_path))
+    model, _ = loading.load_model(str(tmp_path))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     model.train()
     ids = torch.tensor([PROMPTS[0]])

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grpo
+import loading
 from tasks import (
     GSM8K,
     Countdown,
@@ -398,4 +399,4 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
 @pytest.mark.parametrize("name", ["countdown", "gsm8k", "math"])
 def test_grpo_finds_the_tasks_by_name(name, tmp_path):
     with pytest.raises(grpo.UsageError, match="its arguments: .*dataset"):
-        grpo.load_task(name, {"data": "x"})
+        loading.load_task(name, {"data": "x"})

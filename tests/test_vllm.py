@@ -15,6 +15,7 @@ if not os.environ.get("REQUIRE_VLLM"):
     pytest.importorskip("vllm")
 
 import grpo  # noqa: E402
+import loading
 from mathformer import ArithmeticTask  # noqa: E402
 from mathformer.train import build_model  # noqa: E402
 
@@ -59,7 +60,7 @@ def largest_gap(model, rollouts) -> float:
 
 
 def test_vllm_samples_from_the_model_before_and_after_updates(folder, config):
-    model, _ = grpo.load_model(folder)
+    model, _ = loading.load_model(folder)
     sampler = grpo.VLLMSampler(folder, model, [2], config, bf16=False)
     rollouts = sampler.generate(PROMPTS, 16, grpo.Sampling(24), seed=3)
     assert [r.prompt_ids for r in rollouts] == [p for p in PROMPTS for _ in range(16)]
@@ -90,7 +91,7 @@ def test_vllm_samples_from_the_model_before_and_after_updates(folder, config):
 
 @pytest.mark.parametrize("folder", ["qwen2"], indirect=True)
 def test_a_completion_that_ends_at_once_is_its_end_of_sequence_token(folder, config):
-    model, tokenizer = grpo.load_model(folder)
+    model, tokenizer = loading.load_model(folder)
     with torch.no_grad():  # a head that wants nothing but to end after the first prompt
         hidden = model.base_model(torch.tensor([PROMPTS[0]])).last_hidden_state[0, -1]
         model.lm_head.weight.zero_()
@@ -112,7 +113,7 @@ def test_a_completion_that_ends_at_once_is_its_end_of_sequence_token(folder, con
 @pytest.mark.parametrize("folder", ["qwen2 tied"], indirect=True)
 def test_a_sampler_that_sleeps_is_given_its_weights_before_its_cache(folder, config, monkeypatch):
     """A CPU build of vLLM cannot sleep: what is tested here is the order of the calls."""
-    model, _ = grpo.load_model(folder)
+    model, _ = loading.load_model(folder)
     sampler = grpo.VLLMSampler(folder, model, [2], config, bf16=False)
     calls, rpc, reset = [], sampler.llm.collective_rpc, sampler.llm.reset_prefix_cache
     monkeypatch.setattr(sampler.llm, "sleep", lambda level: calls.append(f"sleep {level}"))
@@ -144,10 +145,10 @@ def test_sleep_without_a_gpu_and_a_missing_gpu_are_one_line(folder, config, monk
 
 
 def test_the_self_test_passes_and_leaves_the_model_as_it_was(folder, config, accelerator):
-    model, _ = grpo.load_model(folder)
+    model, _ = loading.load_model(folder)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     sampler = grpo.VLLMSampler(folder, model, [2], config, bf16=False)
-    grpo.check_sampler(sampler, grpo.Policy(model), PROMPTS, accelerator, config)
+    loading.check_sampler(sampler, grpo.Policy(model), PROMPTS, accelerator, config)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert largest_gap(model, sampler.generate(PROMPTS, 4, grpo.Sampling(24), seed=3)) < 1e-3
 
@@ -157,7 +158,7 @@ def test_the_self_test_passes_and_leaves_the_model_as_it_was(folder, config, acc
 )
 @pytest.mark.parametrize("folder", ["qwen2 tied", "qwen2"], indirect=True)
 def test_the_self_test_catches(fault, folder, config, accelerator, monkeypatch):
-    model, _ = grpo.load_model(folder)
+    model, _ = loading.load_model(folder)
     sampler = grpo.VLLMSampler(folder, model, [2], config, bf16=False)
     if fault == "nothing is synced":
         monkeypatch.setattr(sampler, "sync", lambda: None)
@@ -171,7 +172,7 @@ def test_the_self_test_catches(fault, folder, config, accelerator, monkeypatch):
         broken = type("Broken", (), dict(named_parameters=lambda self: kept, config=model.config))()
         monkeypatch.setattr(sampler, "model", broken)
     with pytest.raises(grpo.UsageError, match="vLLM's log-probs differ from the trainer's by"):
-        grpo.check_sampler(sampler, grpo.Policy(model), PROMPTS, accelerator, config)
+        loading.check_sampler(sampler, grpo.Policy(model), PROMPTS, accelerator, config)
 
 
 @pytest.mark.parametrize("folder", ["qwen2 tied"], indirect=True)
@@ -193,7 +194,7 @@ def test_a_run_with_vllm_repeats_resumes_and_agrees_with_its_trainer(config, mon
     grpo.train(grpo.parse_config(["--resume", str(whole["run"])]))
     assert rows("rollouts.jsonl") == rollouts
     final = grpo.VLLMSampler(
-        str(whole["run"] / "final"), grpo.load_model(str(whole["run"] / "final"))[0], [2], config, False
+        str(whole["run"] / "final"), loading.load_model(str(whole["run"] / "final"))[0], [2], config, False
     )
     assert largest_gap(final.model, final.generate(PROMPTS, 4, grpo.Sampling(8), seed=0)) < 1e-3
 
@@ -201,7 +202,7 @@ def test_a_run_with_vllm_repeats_resumes_and_agrees_with_its_trainer(config, mon
 @pytest.mark.parametrize("folder", ["qwen2 tied", "mathformer"], indirect=True)
 def test_the_gradient_is_that_of_the_torch_sampler(folder, config, accelerator):
     """Of the same completions, with the log-probs of the one and of the other."""
-    model, _ = grpo.load_model(folder)
+    model, _ = loading.load_model(folder)
     rollouts = grpo.VLLMSampler(folder, model, [2], config, bf16=False).generate(PROMPTS, 8, grpo.Sampling(24), seed=3)
     with torch.no_grad():
         logps, _ = grpo.Policy(model)(**grpo.policy_inputs(rollouts, "cpu"))
@@ -256,7 +257,7 @@ class StartsWithSeven:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("folder", ["qwen2"], indirect=True)
 def test_reward_rises_in_a_run_with_vllm(config, precision, monkeypatch):
-    monkeypatch.setattr(grpo, "load_task", lambda name, args: StartsWithSeven())
+    monkeypatch.setattr(loading, "load_task", lambda name, args: StartsWithSeven())
     AcceleratorState._reset_state(reset_partial_state=True)  # one process has one precision
     settings = dict(prompts_per_step=8, group_size=8, lr=3e-3, steps=20, eval_steps=0, eval_samples=4)
     result = grpo.train(replace(config, **settings, max_completion_tokens=4, precision=precision, temperature=2.0))
