@@ -466,9 +466,9 @@ def group_advantages(rewards: torch.Tensor, kind: str = "grpo", eps: float = 1e-
     return advantages.masked_fill(dead_groups(rewards)[:, None], 0.0)
 
 
-def overlong_penalty(length: int, max_tokens: int, buffer: int) -> float:
-    """DAPO's soft punishment (arXiv 2503.14476, section 3.4): 0 up to max_tokens - buffer, then along a line to 1."""
-    return max(0.0, (length - (max_tokens - buffer)) / buffer) if buffer else 0.0
+def overlong_penalty(length: int, max_tokens: int, share: float) -> float:
+    """DAPO's soft punishment (arXiv 2503.14476, section 3.4): 0 up to the last `share` of max_tokens, then up to 1."""
+    return max(0.0, 1 - (max_tokens - length) / (share * max_tokens)) if share else 0.0
 
 
 def collect(sampler, tokenizer, task, config: Config, step: int) -> tuple[list[Rollout], dict[str, int]]:
@@ -497,7 +497,7 @@ def collect(sampler, tokenizer, task, config: Config, step: int) -> tuple[list[R
 def assign_advantages(rollouts: list[Rollout], config: Config) -> None:
     """Sets `penalty`, `advantage` and `dead` of each rollout, from its reward and those of its group."""
     for r in rollouts:
-        r.penalty = overlong_penalty(r.length, config.max_completion_tokens, config.overlong_buffer)
+        r.penalty = overlong_penalty(r.length, config.max_completion_tokens, config.overlong_share)
         if config.kl_in == "reward":  # GRPO: k1 = log policy - log reference, summed: what the reward has to outweigh
             acted = r.logps if r.old_logps is None else r.old_logps
             r.penalty += config.kl_coef * (sum(acted) - sum(r.ref_logps))

@@ -113,8 +113,8 @@ class Config:
     """with dead_groups resample: how often at most a step draws fresh prompts in the place of dead groups"""
     mask_truncated: bool = False
     """leave completions that were cut off out of the loss"""
-    overlong_buffer: int = 0
-    """take up to 1 off the reward along the last so many tokens before the cut (overlong_penalty); 0 is off"""
+    overlong_share: float = 0.0
+    """take up to 1 off the reward along this last share of max_completion_tokens (overlong_penalty); 0 is off"""
     offload_reference: bool = False
     """keep the reference model on the CPU while it is not needed"""
 
@@ -178,10 +178,9 @@ class Config:
              "with sampler, the ratio has that factor in it already"),
             (self.dead_groups == "resample" and not self.resample_rounds,
              "dead_groups is resample, without a bound: set --resample_rounds, for example 3"),
-            (self.overlong_buffer >= self.max_completion_tokens,
-             f"overlong_buffer is {self.overlong_buffer}, it must be below max_completion_tokens"),
-            (self.advantage == "maxrl" and (self.overlong_buffer or self.kl_in == "reward"),
-             "advantage maxrl is for rewards of 0 and more, which overlong_buffer and kl_in reward can make negative"),
+            (self.overlong_share >= 1, f"overlong_share is {self.overlong_share}, it must be below 1; DAPO has 0.2"),
+            (self.advantage == "maxrl" and (self.overlong_share or self.kl_in == "reward"),
+             "advantage maxrl is for rewards of 0 and more, which overlong_share and kl_in reward can make negative"),
         ]  # fmt: skip
         for is_so, message in contradictions:
             if is_so:
@@ -212,7 +211,7 @@ class Config:
 LOWEST = dict(group_size=2, prompts_per_step=1, max_prompt_tokens=1, max_completion_tokens=1, sample_rows=1, epochs=1)
 LOWEST |= dict(minibatches=1, tokens_per_microbatch=1, eval_samples=1, save_steps=1, keep_last=1, steps=0, top_k=0)
 LOWEST |= dict(kl_coef=0, kl_target=0, clip_low=0, clip_high=0, warmup_steps=0, weight_decay=0, eval_steps=0)
-LOWEST |= dict(print_steps=0, kv_cache_gb=0, importance_cap=0, resample_rounds=0, overlong_buffer=0)
+LOWEST |= dict(print_steps=0, kv_cache_gb=0, importance_cap=0, resample_rounds=0, overlong_share=0)
 CHANGEABLE_ON_RESUME = {"steps", "eval_steps", "save_steps", "keep_last", "print_steps", "about", "runs", "resume"}
 # what memory needs
 CHANGEABLE_ON_RESUME |= {"tokens_per_microbatch", "gradient_checkpointing", "offload_reference", "vllm_sleep"}

@@ -237,10 +237,10 @@ def test_masked_rows_do_not_exist_for_the_loss(model, rollouts, make_config, acc
 
 
 def test_overlong_penalty_by_hand(make_config):
-    assert [grpo.overlong_penalty(n, 20, 8) for n in (1, 12, 13, 16, 20)] == [0, 0, 1 / 8, 1 / 2, 1]
-    assert grpo.overlong_penalty(20, 20, 0) == 0
+    assert [grpo.overlong_penalty(n, 20, 0.4) for n in (1, 12, 13, 16, 20)] == pytest.approx([0, 0, 1 / 8, 1 / 2, 1])
+    assert grpo.overlong_penalty(20, 20, 0.0) == 0
     rollouts = [grpo.Rollout([1], [3] * n, [0.0] * n, n == 16, reward=1.0) for n in (8, 12, 14, 16)]
-    grpo.assign_advantages(rollouts, make_config(group_size=4, overlong_buffer=4, advantage="dr_grpo"))
+    grpo.assign_advantages(rollouts, make_config(group_size=4, overlong_share=0.25, advantage="dr_grpo"))
     assert [r.penalty for r in rollouts] == [0, 0, 0.5, 1]
     assert [r.advantage for r in rollouts] == [0.375, 0.375, -0.125, -0.625]
     assert not any(r.dead for r in rollouts), "equal rewards, but not equally long"
@@ -323,10 +323,10 @@ def test_dead_groups_are_dropped_where_that_is_exact(settings, drops, make_confi
     [
         (dict(importance_cap=2.0), "needs --old_logps trainer"),
         (dict(kl_in="reward"), "kl_coef is 0, so there is no penalty"),
-        (dict(advantage="maxrl", overlong_buffer=4), "can make negative"),
+        (dict(advantage="maxrl", overlong_share=0.2), "can make negative"),
         (dict(advantage="maxrl", kl_in="reward", kl_coef=0.1), "can make negative"),
         (dict(dead_groups="resample"), "without a bound: set --resample_rounds"),
-        (dict(overlong_buffer=16), "below max_completion_tokens"),
+        (dict(overlong_share=1.0), "must be below 1"),
         (dict(minibatches=3, prompts_per_step=2, group_size=2), "must divide the 4 completions"),
         (dict(advantage="grop"), "grpo, dr_grpo, rloo, batch, maxrl"),
     ],
