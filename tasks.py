@@ -112,7 +112,7 @@ def equation_value(text: str) -> tuple[Fraction, list[int]] | None:
 
 
 def countdown_reward(text: str, example: dict) -> dict:
-    """The parts `format` and `correct`; the caller weighs them.
+    """The parts `format` and `correct`, and `reward`, their sum; the task weighs them as it was told.
 
     Right is: one `<answer>` block behind the thinking, whose equation uses each number of the problem exactly once and
     has the target's value. The form is `<think>...</think>` and `<answer>...</answer>` with nothing else behind it,
@@ -121,9 +121,11 @@ def countdown_reward(text: str, example: dict) -> dict:
     answer = answer_block(text)
     found = equation_value(answer) if answer is not None else None
     right = found is not None and found[0] == example["target"] and Counter(found[1]) == Counter(example["nums"])
+    form = (1.0 if EQUATION.fullmatch(answer) else 0.5) if is_think_then_answer(text) else 0.0
     return {
+        "reward": right + form,
         "correct": float(right),
-        "format": (1.0 if EQUATION.fullmatch(answer) else 0.5) if is_think_then_answer(text) else 0.0,
+        "format": form,
         "prediction": None if answer is None else answer.strip()[:200],
         "ground_truth": example["target"],
     }
@@ -336,15 +338,20 @@ SECONDS = 3  # for each reading and comparison: a hostile answer can keep a comp
 
 
 def math_reward(text: str, example: dict) -> dict:
-    """`correct` if math-verify finds the answer equal to the gold one; `format` for `<think>...</think><answer>...`."""
+    """`correct` if math-verify finds the answer equal to the gold one; `format` for `<think>...</think><answer>...`.
+
+    `reward` is their sum; the task weighs them as it was told.
+    """
     from math_verify import verify
 
     answer = answer_block(text)
     found = parse_math(answer) if answer is not None and len(answer) <= 1000 else []
     correct = bool(found) and verify(example["gold"], found, timeout_seconds=SECONDS)
+    form = text.lstrip().startswith("<think>") and is_think_then_answer(text)
     return {
+        "reward": float(correct) + form,
         "correct": float(correct),
-        "format": float(text.lstrip().startswith("<think>") and is_think_then_answer(text)),
+        "format": float(form),
         "prediction": None if answer is None else answer.strip()[:200],
         "ground_truth": example["answer"],
     }

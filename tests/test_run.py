@@ -459,3 +459,27 @@ def test_countdown_recipes_run_on_a_tiny_local_model(recipe, qwen3_folder, tmp_p
 def test_every_recipe_is_a_valid_config(path):
     config = grpo.parse_config(["--config", str(path)])
     assert config.model and config.task in loading.TASKS and config.about
+
+
+OVERLAYS = sorted(Path("configs/variants").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
+def test_every_variant_lies_over_every_recipe_and_runs(overlay, run, pays_length):
+    settings = yaml.safe_load(overlay.read_text())
+    for recipe in Path("configs").glob("*.yaml"):
+        config = grpo.parse_config(["--config", str(recipe), "--config", str(overlay)])
+        assert all(getattr(config, name) == value for name, value in settings.items())
+        assert config.model == yaml.safe_load(recipe.read_text())["model"]
+    metrics = rows(run(**settings)["run"], "metrics.jsonl")
+    assert len(metrics) == 3 and all(row["grad_norm"] is None or row["grad_norm"] >= 0 for row in metrics)
+    assert any(row["grad_norm"] for row in metrics)
+
+
+def test_the_readme_has_every_variant_and_every_choice():
+    readme = Path("README.md").read_text()
+    assert all(f"`{path.name}`" in readme for path in OVERLAYS)
+    table = readme.split("## The variants")[1].split("\n## ")[0]
+    for name in ("advantage", "loss_weight", "ratio", "surrogate", "kl_in", "kl_kind", "dead_groups"):
+        (field,) = (f for f in dataclasses.fields(grpo.Config) if f.name == name)
+        assert all(choice in table for choice in field.type.__args__), name
