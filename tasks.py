@@ -1,6 +1,6 @@
 """The tasks for language models that grpo.py knows by name: countdown, gsm8k, math.
 
-Each is a class with the four methods that section 2 of grpo.py describes, and a verifier: a function that pays for a
+Each is a class with the four methods that section 1 of grpo.py describes, and a verifier: a function that pays for a
 text. A verifier is attacked by what it trains. It does bounded work, never raises, and never runs what it reads.
 """
 
