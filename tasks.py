@@ -48,6 +48,9 @@ def load_rows(dataset: str, split: str, columns: list[str], subset: str | None =
     return rows
 
 
+MAX_CHARACTERS = 200_000  # some 50,000 tokens; a longer text is judged as an empty one, so that no text takes long
+
+
 def final_part(text: str) -> str | None:
     """What follows the last `</think>`; None if thinking was begun, also by a prefill, and not ended."""
     after = text.rpartition("</think>")[2]
@@ -118,6 +121,7 @@ def countdown_reward(text: str, example: dict) -> dict:
     has the target's value. The form is `<think>...</think>` and `<answer>...</answer>` with nothing else behind it,
     worth 1; 0.5 if the answer has characters that belong in no equation.
     """
+    text = text if len(text) <= MAX_CHARACTERS else ""
     answer = answer_block(text)
     found = equation_value(answer) if answer is not None else None
     right = found is not None and found[0] == example["target"] and Counter(found[1]) == Counter(example["nums"])
@@ -249,7 +253,7 @@ def countdown_problem(rng: random.Random, for_eval: bool) -> dict:
 
 # ==== GSM8K ===========================================================================================================
 
-NUMBER = r"[-+]?\$?[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,15})(?:\.[0-9]{1,15})?"
+NUMBER = r"(?:[-+]?\$?|\$[-+])(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,15})(?:\.[0-9]{1,15})?"
 FINAL_LINE = re.compile(rf"^[ \t]*Final:[ \t]*(?P<number>{NUMBER})[ \t]*$", re.MULTILINE)
 GSM8K_SYSTEM = (
     "Solve the problem with brief reasoning. End with one line that has only the word Final, a colon and the number: "
@@ -259,7 +263,7 @@ GSM8K_SYSTEM = (
 
 def plain_number(text: str) -> Fraction:
     """The value of a number as people write it: `$1,450.50`, `-$3`."""
-    return Fraction(text.replace("$", "").replace(",", "").replace("+", "").replace("--", ""))
+    return Fraction(text.replace("$", "").replace(",", "").replace("+", ""))
 
 
 def gsm8k_reward(text: str, example: dict) -> dict:
@@ -267,7 +271,7 @@ def gsm8k_reward(text: str, example: dict) -> dict:
 
     The form is one line `Final: <number>` at the very end, and no other such line.
     """
-    text = text.rstrip()
+    text = text.rstrip() if len(text) <= MAX_CHARACTERS else ""
     found = list(FINAL_LINE.finditer(text))
     well_formed = len(found) == 1 and found[0].end() == len(text)
     prediction = plain_number(found[0]["number"]) if well_formed else None
@@ -344,6 +348,7 @@ def math_reward(text: str, example: dict) -> dict:
     """
     from math_verify import verify
 
+    text = text if len(text) <= MAX_CHARACTERS else ""
     answer = answer_block(text)
     found = parse_math(answer) if answer is not None and len(answer) <= 1000 else []
     correct = bool(found) and verify(example["gold"], found, timeout_seconds=SECONDS)
