@@ -210,6 +210,8 @@ class TorchSampler:
         ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=self.device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
         logits, cache = self._forward(ids, mask, None)
+        if logits.isnan().any():
+            raise UsageError("the model's logits are not numbers: it has diverged. Go back to a checkpoint, lower lr")
         cache.batch_repeat_interleave(group_size)
         if type(cache) is DynamicCache:  # models with other kinds of memory keep their own
             cache.layers = [GrowingLayer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
@@ -284,6 +286,7 @@ class VLLMSampler:
             logprobs_mode="processed_logprobs",  # of the distribution that is sampled from, temperature included
             generation_config="vllm",  # and not sampling settings that a model brings along
             skip_tokenizer_init=True,  # token ids in, token ids out
+            trust_remote_code=config.trust_remote_code,
             enforce_eager=self.on_cpu,
             enable_sleep_mode=config.vllm_sleep,
             seed=config.seed,
@@ -829,15 +832,15 @@ def update(
 ) -> dict[str, float | None]:  # fmt: skip
     """Trains on the rollouts of a step: `epochs` passes of `minibatches` optimizer steps each.
 
-    Returns metrics over the trained tokens. An optimizer step with nothing to learn from, or with a gradient that is
-    not finite, is skipped and counted in `skipped_updates`.
+    Returns metrics over the trained tokens. An optimizer step with nothing to learn from is skipped and counted in
+    `skipped_updates`, one whose gradient is not finite in `nonfinite_updates`.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step)
     policy.train()  # gradient checkpointing acts only in training mode; dropout was set to 0 when the model was loaded
     order = random.Random(f"{config.seed}/{step}/minibatches")
     sums: Counter[str] = Counter()
-    before_any_update, grad_norms, ratio_max, skipped = None, [], 1.0, 0
+    before_any_update, grad_norms, ratio_max, skipped, not_finite = None, [], 1.0, 0, 0
     for _ in range(config.epochs):
         rows = order.sample(rollouts, len(rollouts))
         size = len(rows) // config.minibatches
@@ -857,10 +860,12 @@ def update(
                 before_any_update = Counter(sums)
             if kept:
                 grad_norms.append(accelerator.clip_grad_norm_(policy.parameters(), config.grad_clip).item())
-            if kept and math.isfinite(grad_norms[-1]):
+            if not kept:
+                skipped += 1
+            elif math.isfinite(grad_norms[-1]):
                 optimizer.step()
             else:
-                skipped += 1
+                not_finite += 1
             optimizer.zero_grad()
 
     def per_token(key: str, over: Counter) -> float | None:
@@ -881,6 +886,7 @@ def update(
         "sampler_kl": per_token("sampler_kl", before_any_update) if config.samples_all_tokens else None,
         "sampler_logp_gap": per_token("sampler_logp_gap", before_any_update) if config.samples_all_tokens else None,
         "skipped_updates": skipped,
+        "nonfinite_updates": not_finite,
     }
 
 
@@ -959,16 +965,16 @@ def check_logits(model, prompt: list[int]) -> None:
 
 def setup(config: Config):
     """Everything that a run needs, checked before any long work and before a folder is made."""
-    task, accelerator = loading.load_task(config.task, config.task_args), loading.make_accelerator(config)
+    task = loading.load_task(config.task, config.task_args, config.reward_seconds)
+    accelerator = loading.make_accelerator(config)
     folder = RunFolder(Path(config.resume)) if config.resume else None
-    if folder and not folder.checkpoints():
-        raise UsageError(f"{folder.path} holds no checkpoint to go on from: start a new run")
-    name = str(folder.checkpoints()[-1]) if folder else config.model
-    model_config = loading.load_model_config(name)
+    checkpoint = folder.newest_whole() if folder else None
+    name = str(checkpoint or config.model)
+    model_config = loading.load_model_config(name, config.trust_remote_code)
     device, bf16 = accelerator.device, accelerator.mixed_precision == "bf16"
     kind = loading.choose_sampler(config, model_config, device)
     memory.check_memory(model_config, config, device, bf16, kind == "vllm")
-    model, tokenizer = loading.load_model(name, config.gradient_checkpointing)
+    model, tokenizer = loading.load_model(name, config.gradient_checkpointing, config.trust_remote_code)
     model.eval()
     problems, eos = evaluation_problems(task, tokenizer, model, config), loading.find_eos(model, tokenizer)
     check_logits(model, problems[0].ids)
@@ -986,13 +992,13 @@ def setup(config: Config):
         sampler = TorchSampler(model, eos, config.sample_rows, accelerator.autocast)
     reference = None
     if config.kl_coef > 0:
-        reference = Policy(loading.load_model(config.model)[0], config.temperature).requires_grad_(False)
+        original, _ = loading.load_model(config.model, trust_remote_code=config.trust_remote_code)
+        reference = Policy(original, config.temperature).requires_grad_(False)
         reference.to("cpu" if config.offload_reference else accelerator.device)
-    start = {"step": 0, "tokens": 0, "kl_coef": config.kl_coef}
-    state = folder.resume(optimizer, config.steps) if folder else start
     folder = folder or RunFolder.create(config)
+    state = folder.resume(checkpoint, optimizer, config.steps)
     folder.write_config(config)
-    run_folder.announce(config, folder.path, model, device, state["step"])
+    run_folder.announce(config, folder.path, model, device, checkpoint)
     return task, accelerator, model, tokenizer, problems, policy, optimizer, sampler, reference, folder, state
 
 
@@ -1000,8 +1006,8 @@ def train(config: Config) -> dict[str, Any]:
     """The whole run. Returns the first and the last evaluation, seconds, tokens and the run's folder."""
     started = time.time()
     task, accelerator, model, tokenizer, problems, policy, optimizer, sampler, reference, folder, state = setup(config)
-    step, tokens, kl_coef = state["step"], state["tokens"], state["kl_coef"]
-    evaluations = folder.read("eval.jsonl")
+    step, tokens, kl_coef = state["step"], state.get("tokens", 0), state.get("kl_coef", config.kl_coef)
+    evaluations, alarms = folder.read("eval.jsonl"), run_folder.Alarms()
 
     def save_checkpoint():
         folder.save_checkpoint(step, model, tokenizer, optimizer, config.keep_last, tokens=tokens, kl_coef=kl_coef)
@@ -1054,9 +1060,8 @@ def train(config: Config) -> dict[str, Any]:
             folder.log_step(row, rollouts)
             bar.update()
             bar.set_postfix({key: f"{row[key]:.2f}" for key in ("reward", "length", "zero_advantage_groups")})
-            if (row["sampler_logp_gap"] or 0) > loading.MAX_LOGP_GAP:
-                gap = f"{row['sampler_logp_gap']:.3f}"
-                tqdm.write(f"step {step}: the sampler's log-probs differ from the trainer's by {gap} on average")
+            for warning in alarms(row):
+                tqdm.write(f"step {step}: {warning}")
             if config.print_steps and (step == 1 or step % config.print_steps == 0):
                 run_folder.show_rollouts(step, rollouts)
             if step % config.save_steps == 0 or step == config.steps:
@@ -1076,13 +1081,12 @@ def train(config: Config) -> dict[str, Any]:
             add_logps("ref_logps", reference, rollouts, accelerator, config)
         assign_advantages(rollouts, config)
         lengths = torch.tensor([r.length for r in rollouts])
-        weights = token_weights(lengths, config.loss_weight, config.max_completion_tokens).tolist()
-        run_folder.show_group(rollouts, weights, tokenizer, config.group_size)
+        weights = token_weights(lengths, config.loss_weight, config.max_completion_tokens)
+        run_folder.show_group(rollouts, weights.tolist(), tokenizer, config.group_size)
         return result
-    model.save_pretrained(folder.path / "final")
-    tokenizer.save_pretrained(folder.path / "final")
+    final = folder.save_final(model, tokenizer)
     print(run_folder.evaluation_table([evaluations[0], evaluations[-1]]))
-    print(f"{time.time() - started:.0f} s; model: {folder.path / 'final'}, curves: {folder.plot()}")
+    print(f"{time.time() - started:.0f} s; model: {final}, curves: {folder.plot()}")
     return result
 
 

@@ -17,14 +17,15 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import nn
 
-from settings import HERE, Config, Sampling, UsageError
+from run_folder import time_limit
+from settings import HERE, MAX_LOGP_GAP, Config, Sampling, UsageError
 
 TASKS = {"arithmetic": "mathformer:ArithmeticTask", "countdown": "tasks:Countdown"}
 TASKS |= {"gsm8k": "tasks:GSM8K", "math": "tasks:Math"}
 
 
-def load_task(name: str, task_args: dict[str, Any]):
-    """The task called `name`: built-in, `module:Class`, or `path/to/file.py:Class`.
+def load_task(name: str, task_args: dict[str, Any], reward_seconds: float = 0.0):
+    """The task called `name`: built-in, `module:Class`, or `path/to/file.py:Class`; its rewards limited in time.
 
     Raises:
         UsageError: there is no such task, or it does not take these arguments.
@@ -44,9 +45,18 @@ def load_task(name: str, task_args: dict[str, Any]):
     if class_name not in found:
         raise UsageError(f"task {name!r}: {where} has no class {class_name}")
     try:
-        return found[class_name](**task_args)
+        task = found[class_name](**task_args)
     except Exception as error:
         raise UsageError(f"task {name!r}: {error}; its arguments: {inspect.signature(found[class_name])}") from error
+    if reward_seconds:
+        judge = task.reward
+
+        def reward(text: str, example: dict) -> dict:
+            with time_limit(reward_seconds):
+                return judge(text, example)
+
+        task.reward = reward
+    return task
 
 
 def local_name(name: str) -> str:
@@ -60,13 +70,17 @@ def readable_errors(name: str):
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
+        if "trust_remote_code" in str(error):
+            raise UsageError(
+                f"model {name!r} brings Python code of its own: read it, and if you trust it --trust_remote_code true"
+            ) from error
         raise UsageError(
             f"model {name!r} cannot be loaded: {reason} Give a folder (`hf download NAME --local-dir FOLDER` makes a "
             "copy of a model), or a name on the Hub."
         ) from error
 
 
-def load_model_config(name: str):
+def load_model_config(name: str, trust_remote_code: bool = False):
     """The architecture and its sizes, without weights; from a folder or the Hub."""
     name = local_name(name)
     if not Path(name).exists():
@@ -75,19 +89,20 @@ def load_model_config(name: str):
     with readable_errors(name):
         if config_file.is_file() and json.loads(config_file.read_text()).get("model_type") == "mathformer":
             import_module("mathformer")  # registers the architecture
-        return transformers.AutoConfig.from_pretrained(name)
+        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
-def load_model(name: str, gradient_checkpointing: bool = False):
+def load_model(name: str, gradient_checkpointing: bool = False, trust_remote_code: bool = False):
     """The causal language model in float32, without dropout, and its tokenizer; from a folder or the Hub."""
     transformers.utils.logging.disable_progress_bar()  # of loading and saving: they would break up our own
-    config, name = load_model_config(name), local_name(name)
+    config, name = load_model_config(name, trust_remote_code), local_name(name)
     with readable_errors(name):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         # Float32 weights: at a learning rate of 1e-6 most updates are smaller than bf16 can represent.
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+            name, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
         misfits = [f"{key} is missing" for key in sorted(report["missing_keys"])]
         misfits += [f"{key} is {list(a)}, not {list(b)}" for key, a, b in sorted(report["mismatched_keys"])]
         if misfits:  # these would be random numbers
@@ -160,9 +175,6 @@ def choose_sampler(config: Config, model_config, device: torch.device) -> str:
         if not platform.is_cpu() and device.type == "cpu":
             raise UsageError("sampler is vllm, and this build of vLLM needs a GPU, but there is none: --sampler torch")
     return config.sampler
-
-
-MAX_LOGP_GAP = 0.05  # mean difference in log-prob of sampler and trainer: rounding is below 0.02, also in bf16
 
 
 @torch.no_grad()

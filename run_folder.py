@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -12,6 +13,8 @@ import shutil
 import signal
 import sys
 import threading
+import zlib
+from collections import Counter
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import fmean
@@ -19,10 +22,11 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from settings import CHANGEABLE_ON_RESUME, Config, UsageError
+from settings import CHANGEABLE_ON_RESUME, MAX_LOGP_GAP, Config, UsageError
 
 
 class RunFolder:
@@ -49,13 +53,33 @@ class RunFolder:
             (path / log).touch()
         return cls(path)
 
+    @contextmanager
+    def writing(self, what: str):
+        """Turns a write that fails, as on a full disk, into one line that says what stands and what to do."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(self.path / ".partial", ignore_errors=True)
+            stands = f"{self.checkpoints()[-1].name} stands" if self.checkpoints() else "there is no checkpoint yet"
+            raise UsageError(
+                f"{what} in {self.path} could not be written: {str(error).splitlines()[0]}; {stands}. Free some space, "
+                f"and go on with --resume {self.path}"
+            ) from error
+
+    def write_whole(self, name: str, text: str) -> None:
+        """Writes a file that is either the old one or the new one, whenever the program is killed."""
+        with self.writing(name):
+            partial = self.path / f".{name}"
+            partial.write_text(text)
+            sync_to_disk(partial)
+            partial.replace(self.path / name)
+
     def write_config(self, config: Config) -> None:
-        settings = dataclasses.asdict(config) | {"resume": ""}
-        (self.path / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+        self.write_whole("config.yaml", yaml.safe_dump(dataclasses.asdict(config) | {"resume": ""}, sort_keys=False))
 
     def append(self, name: str, rows: list[dict]) -> None:
-        with open(self.path / name, "a") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+        with self.writing(name), open(self.path / name, "a") as file:
+            file.writelines(as_line(row) for row in rows)
 
     def read(self, name: str) -> list[dict]:
         with open(self.path / name) as file:
@@ -74,49 +98,100 @@ class RunFolder:
 
     def log_evaluation(self, row: dict, details: list[dict]) -> None:
         self.append("eval.jsonl", [row])
-        (self.path / f"eval-{row['step']}.jsonl").write_text("")
-        self.append(f"eval-{row['step']}.jsonl", details)
+        self.write_whole(f"eval-{row['step']}.jsonl", "".join(map(as_line, details)))
 
     def save_checkpoint(self, step: int, model, tokenizer, optimizer, keep_last: int, **state) -> None:
-        """checkpoint-<step>/: model, AdamW's moments and counters, `state`; under another name until it is whole.
+        """checkpoint-<step>/: model, AdamW's moments and counters, `state`; whole, or not there at all.
 
-        No random state is needed: all that is random in a step follows from the seed and the step's number.
+        It is written under another name, synced to disk, and renamed. No random state is needed: all that is random in
+        a step follows from the seed and the step's number.
         """
         partial, whole = self.path / ".partial", self.path / f"checkpoint-{step}"
-        shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        states = optimizer.state_dict()["state"]
-        # a safetensors file, but not by its name: vLLM would take it for weights of the model
-        save_file({f"{i}.{k}": v for i, s in states.items() for k, v in s.items()}, partial / "optimizer.state")
-        sizes = {log.name: log.stat().st_size for name in self.LOGS if (log := self.path / name).exists()}
-        (partial / "state.json").write_text(json.dumps({"step": step, **state, "log_sizes": sizes}))
-        partial.rename(whole)
+        with self.writing(whole.name):
+            shutil.rmtree(partial, ignore_errors=True)
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            states = optimizer.state_dict()["state"]
+            # a safetensors file, but not by its name: vLLM would take it for weights of the model
+            save_file({f"{i}.{k}": v for i, s in states.items() for k, v in s.items()}, partial / "optimizer.state")
+            state |= {"step": step, "checksums": {file.name: checksum(file) for file in sorted(partial.iterdir())}}
+            logs = [log for name in self.LOGS if (log := self.path / name).exists()]
+            state["log_sizes"] = {log.name: log.stat().st_size for log in logs}
+            (partial / "state.json").write_text(json.dumps(state))
+            for path in (*logs, *partial.iterdir(), partial):
+                sync_to_disk(path)
+            shutil.rmtree(whole, ignore_errors=True)  # one that was damaged
+            partial.rename(whole)
+            sync_to_disk(self.path)
         self.write_csv()
         for old in self.checkpoints()[:-keep_last]:
             shutil.rmtree(old)
 
+    def save_final(self, model, tokenizer) -> Path:
+        """final/: the model as a Hugging Face folder, for from_pretrained and vLLM."""
+        partial, final = self.path / ".partial", self.path / "final"
+        with self.writing("final"):
+            shutil.rmtree(partial, ignore_errors=True)
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+        return final
+
     def write_csv(self) -> None:
-        rows = self.read("metrics.jsonl")
-        with open(self.path / "metrics.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-            writer.writeheader()
-            writer.writerows(rows)
+        rows, file = self.read("metrics.jsonl"), io.StringIO()
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+        self.write_whole("metrics.csv", file.getvalue())
 
     def checkpoints(self) -> list[Path]:
         return sorted(self.path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
 
-    def resume(self, optimizer, steps: int) -> dict[str, Any]:
-        """Loads the optimizer from the newest checkpoint, cuts later rows off the logs; returns `step` and `state`."""
-        newest = self.checkpoints()[-1]
-        saved, state = json.loads((newest / "state.json").read_text()), optimizer.state_dict()
+    def newest_whole(self) -> Path | None:
+        """The newest checkpoint that is as it was written; newer ones are named. None if there was none yet.
+
+        Raises:
+            UsageError: all are damaged.
+        """
+        found = self.checkpoints()
+        for checkpoint in reversed(found):
+            if not (damage := self.damage(checkpoint)):
+                return checkpoint
+            print(f"{checkpoint} is damaged ({damage}): taking the one before it")
+        if found:
+            raise UsageError(f"{self.path} has no checkpoint that is whole: start a new run")
+        return None
+
+    def damage(self, checkpoint: Path) -> str:
+        """What is wrong with it, if anything is."""
+        try:
+            saved = json.loads((checkpoint / "state.json").read_text())
+            for name, value in saved["checksums"].items():
+                if checksum(checkpoint / name) != value:
+                    return f"{name} has changed"
+            for name, size in saved["log_sizes"].items():
+                if (self.path / name).stat().st_size < size:
+                    return f"{name} is shorter than it was then"
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+    def resume(self, checkpoint: Path | None, optimizer, steps: int) -> dict[str, Any]:
+        """Loads the optimizer from the checkpoint, cuts later rows off the logs; returns `step` and `state`.
+
+        Without a checkpoint, as in a run that is new or was killed before its first one, the run begins at step 0.
+        """
+        saved, state = {"step": 0, "log_sizes": dict.fromkeys(self.LOGS, 0)}, optimizer.state_dict()
+        if checkpoint:
+            saved = json.loads((checkpoint / "state.json").read_text())
+            for name, value in load_file(checkpoint / "optimizer.state").items():
+                index, key = name.split(".")
+                state["state"].setdefault(int(index), {})[key] = value
+            optimizer.load_state_dict(state)
         if steps < saved["step"]:
-            raise UsageError(f"{newest} is past step {steps} already: ask for more --steps")
-        for name, value in load_file(newest / "optimizer.state").items():
-            index, key = name.split(".")
-            state["state"].setdefault(int(index), {})[key] = value
-        optimizer.load_state_dict(state)
-        for name, size in saved["log_sizes"].items():
+            raise UsageError(f"{checkpoint} is past step {steps} already: ask for more --steps")
+        for name, size in saved["log_sizes"].items():  # or a step that is done again would be there twice
             os.truncate(self.path / name, size)
         return saved
 
@@ -156,6 +231,86 @@ class RunFolder:
         figure.suptitle(self.path.name)
         figure.savefig(self.path / "curves.png", dpi=110)
         return self.path / "curves.png"
+
+
+def as_line(row: dict) -> str:
+    return json.dumps(row, ensure_ascii=False, default=str) + "\n"
+
+
+def sync_to_disk(path: Path) -> None:
+    """Waits until the file, or the folder's list of names, is on the disk and not only in the system's memory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file: against damage, not against malice."""
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            value = zlib.crc32(block, value)
+    return value
+
+
+class Alarms:
+    """Asked after each step, says once what a person should know about a run that goes wrong, and what to try."""
+
+    # symptom, after how many steps in a row, what to say
+    SYMPTOMS = (
+        (lambda row: row["zero_advantage_groups"] == 1, 10,
+         "all groups have been dead for 10 steps: nothing is learned. If all answers are wrong, the policy may have "
+         "collapsed (go back to a checkpoint, with a lower lr), or the problems are too hard; if right, too easy"),
+        (lambda row: row["truncated"] == 1, 10,
+         "all completions have been cut off for 10 steps: raise max_completion_tokens, pay less for long answers "
+         "(overlong_share), or, if the text is gibberish, go back to a checkpoint with a lower lr"),
+        (lambda row: (row["kl_ref"] or 0) > 1, 3,
+         "the policy is far from the reference, kl_ref has been over 1 for 3 steps: lower lr, or raise kl_coef"),
+        (lambda row: (row["sampler_logp_gap"] or 0) > MAX_LOGP_GAP, 1,
+         "the sampler's log-probs differ from the trainer's by more than rounding (sampler_logp_gap): are its weights "
+         "stale? Try --sampler torch, or correct for it with --old_logps trainer --importance_cap 2"),
+    )  # fmt: skip
+    NOT_FINITE = 3  # steps in a row
+
+    def __init__(self):
+        self.counts = Counter()
+
+    def __call__(self, row: dict) -> list[str]:
+        """The warnings of this step; a UsageError where going on makes no sense."""
+        warnings = []
+        for i, (shows, patience, text) in enumerate(self.SYMPTOMS):
+            self.counts[i] = self.counts[i] + 1 if shows(row) or self.counts[i] >= patience else 0
+            if self.counts[i] == patience:
+                warnings.append(text)
+        self.counts["nonfinite"] = self.counts["nonfinite"] + 1 if row["nonfinite_updates"] else 0
+        if self.counts["nonfinite"] == self.NOT_FINITE:
+            raise UsageError(
+                f"the gradient was not finite in {self.NOT_FINITE} steps in a row, up to step {row['step']}: no weight "
+                "was changed in them, every completion is in rollouts.jsonl. Go back to a checkpoint, and try a lower "
+                "lr, or --precision fp32"
+            )
+        return warnings
+
+
+@contextmanager
+def time_limit(seconds: float):
+    """Raises TimeoutError in the body after so many seconds; 0 is no limit. For Python code in the main thread."""
+    if not seconds or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number, frame):
+        raise TimeoutError(f"it took longer than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def printable(text: str, limit: int = 160) -> str:
@@ -240,15 +395,15 @@ def show_group(rollouts: list, weights: list[float], tokenizer, group_size: int)
         print(f"  {r.reward:6.2f} {r.advantage:+9.3f} {weight:9.2e} {r.length:6d}  {tokens}")
 
 
-def announce(config: Config, path: Path, model, device, step: int) -> None:
+def announce(config: Config, path: Path, model, device, checkpoint: Path | None) -> None:
     """The first lines of a run."""
     print(
         f"GRPO: {config.model} ({sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters) on {config.task}, "
         f"{config.steps} steps of {config.prompts_per_step} prompts x {config.group_size} completions, "
         f"lr {config.lr:g}, on {device}. {config.about if config.steps else ''}\nrun folder: {path}"
     )
-    if step:
-        print(f"going on after step {step}")
+    if checkpoint:
+        print(f"going on from {checkpoint}")
     if config.uses_trainer_logps:
         print("the ratio is taken against log-probs of the trainer: one more forward pass a step")
     if config.drops_dead_groups and (config.entropy_coef or (config.kl_coef > 0 and config.kl_in == "loss")):

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 import yaml
 
 HERE = Path(__file__).resolve().parent
+MAX_LOGP_GAP = 0.05  # mean difference in log-prob of sampler and trainer: rounding is below 0.02, also in bf16
 PRESET = HERE / "configs" / "arithmetic.yaml"  # what the plain command runs
 
 
@@ -43,6 +44,10 @@ class Config:
     """a built-in task (arithmetic, countdown, gsm8k, math), module:Class, or path/to/file.py:Class"""
     task_args: dict[str, Any] = field(default_factory=dict)
     """arguments of the task, for example --task_args.max_depth 2"""
+    reward_seconds: float = 0.0
+    """time limit of one call of the task's reward(), for tasks that run what they judge; 0 is none"""
+    trust_remote_code: bool = False
+    """run the Python code that a model of the Hub brings along: only if you have read it"""
     seed: int = 0
     """seed of everything random; on a CPU the same seed gives the same run"""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -211,10 +216,11 @@ class Config:
 LOWEST = dict(group_size=2, prompts_per_step=1, max_prompt_tokens=1, max_completion_tokens=1, sample_rows=1, epochs=1)
 LOWEST |= dict(minibatches=1, tokens_per_microbatch=1, eval_samples=1, save_steps=1, keep_last=1, steps=0, top_k=0)
 LOWEST |= dict(kl_coef=0, kl_target=0, clip_low=0, clip_high=0, warmup_steps=0, weight_decay=0, eval_steps=0)
-LOWEST |= dict(print_steps=0, kv_cache_gb=0, importance_cap=0, resample_rounds=0, overlong_share=0)
+LOWEST |= dict(print_steps=0, kv_cache_gb=0, importance_cap=0, resample_rounds=0, overlong_share=0, reward_seconds=0)
 CHANGEABLE_ON_RESUME = {"steps", "eval_steps", "save_steps", "keep_last", "print_steps", "about", "runs", "resume"}
 # what memory needs
 CHANGEABLE_ON_RESUME |= {"tokens_per_microbatch", "gradient_checkpointing", "offload_reference", "vllm_sleep"}
+CHANGEABLE_ON_RESUME |= {"reward_seconds"}
 
 
 

@@ -58,7 +58,7 @@ def run(make_config, monkeypatch, model, tokenizer, tmp_path):
     """A run of the random tiny model on `Repeats`; keyword arguments are settings."""
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(loading, "load_task", lambda name, args: Repeats())
+    monkeypatch.setattr(loading, "load_task", lambda *args: Repeats())
 
     def start(**settings):
         defaults = dict(model=str(tmp_path / "model"), prompts_per_step=4, group_size=8, max_completion_tokens=6)

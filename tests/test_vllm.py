@@ -257,7 +257,7 @@ class StartsWithSeven:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("folder", ["qwen2"], indirect=True)
 def test_reward_rises_in_a_run_with_vllm(config, precision, monkeypatch):
-    monkeypatch.setattr(loading, "load_task", lambda name, args: StartsWithSeven())
+    monkeypatch.setattr(loading, "load_task", lambda *args: StartsWithSeven())
     AcceleratorState._reset_state(reset_partial_state=True)  # one process has one precision
     settings = dict(prompts_per_step=8, group_size=8, lr=3e-3, steps=20, eval_steps=0, eval_samples=4)
     result = grpo.train(replace(config, **settings, max_completion_tokens=4, precision=precision, temperature=2.0))
