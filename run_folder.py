@@ -261,8 +261,9 @@ class Alarms:
     # symptom, after how many steps in a row, what to say
     SYMPTOMS = (
         (lambda row: row["zero_advantage_groups"] == 1, 10,
-         "all groups have been dead for 10 steps: nothing is learned. If all answers are wrong, the policy may have "
-         "collapsed (go back to a checkpoint, with a lower lr), or the problems are too hard; if right, too easy"),
+         "all groups have been dead for 10 steps: nothing is learned. All wrong: the policy has collapsed (go back to "
+         "a checkpoint, with a lower lr), or the problems are too hard. All right: too easy. Right or wrong by prompt: "
+         "a group's answers are all alike (temperature too low, top_k, top_p)"),
         (lambda row: row["truncated"] == 1, 10,
          "all completions have been cut off for 10 steps: raise max_completion_tokens, pay less for long answers "
          "(overlong_share), or, if the text is gibberish, go back to a checkpoint with a lower lr"),
