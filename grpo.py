@@ -337,14 +337,10 @@ class VLLMSampler:
             raise RuntimeError("vLLM did not reset its prefix cache: it would answer with keys of the old weights")
 
 
-@torch.no_grad()
-def logp_gap(policy: nn.Module, accelerator: Accelerator, rollouts: list[Rollout]) -> float:
+def logp_gap(policy: nn.Module, accelerator: Accelerator, config: Config, rollouts: list[Rollout]) -> float:
     """Mean absolute difference of the sampler's log-probs and the policy's, over all tokens."""
-    with accelerator.autocast():
-        logps, _ = policy.eval()(**policy_inputs(rollouts, accelerator.device))
-    sampled = pad([r.logps for r in rollouts], accelerator.device)
-    mask = completion_mask(torch.tensor([r.length for r in rollouts], device=accelerator.device))
-    return (logps - sampled)[mask].abs().mean().item()
+    add_logps("old_logps", policy, rollouts, accelerator, config)
+    return average(abs(a - b) for r in rollouts for a, b in zip(r.logps, r.old_logps, strict=True))
 
 
 # ==== 3. Rollouts and advantages ======================================================================================
@@ -986,7 +982,7 @@ def setup(config: Config):
     if kind == "vllm":
         sampler = VLLMSampler(loading.local_name(name), model, eos, config, bf16)
         sampler.sync()
-        prompts, gap = [problem.ids for problem in problems], partial(logp_gap, policy, accelerator)
+        prompts, gap = [problem.ids for problem in problems], partial(logp_gap, policy, accelerator, config)
         loading.check_sampler(sampler, policy, prompts, gap, config)
     else:
         sampler = TorchSampler(model, eos, config.sample_rows, accelerator.autocast)

@@ -10,6 +10,7 @@ import math
 import random
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -249,9 +250,8 @@ def test_15_a_weight_sync_cannot_fail_silently(fault, model, make_config, accele
     before = copy.deepcopy(model.state_dict())
 
     def check():
-        loading.check_sampler(
-            sampler, policy, [[1, 5, 6]], lambda rollouts: grpo.logp_gap(policy, accelerator, rollouts), make_config()
-        )
+        gap = partial(grpo.logp_gap, policy, accelerator, make_config())
+        loading.check_sampler(sampler, policy, [[1, 5, 6]], gap, make_config())
 
     if fault == "none":
         check()

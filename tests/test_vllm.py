@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -144,11 +145,16 @@ def test_sleep_without_a_gpu_and_a_missing_gpu_are_one_line(folder, config, monk
         grpo.train(config)
 
 
+def self_test(sampler, model, accelerator, config) -> None:
+    policy = grpo.Policy(model)
+    loading.check_sampler(sampler, policy, PROMPTS, partial(grpo.logp_gap, policy, accelerator, config), config)
+
+
 def test_the_self_test_passes_and_leaves_the_model_as_it_was(folder, config, accelerator):
     model, _ = loading.load_model(folder)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     sampler = grpo.VLLMSampler(folder, model, [2], config, bf16=False)
-    loading.check_sampler(sampler, grpo.Policy(model), PROMPTS, accelerator, config)
+    self_test(sampler, model, accelerator, config)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert largest_gap(model, sampler.generate(PROMPTS, 4, grpo.Sampling(24), seed=3)) < 1e-3
 
@@ -172,7 +178,7 @@ def test_the_self_test_catches(fault, folder, config, accelerator, monkeypatch):
         broken = type("Broken", (), dict(named_parameters=lambda self: kept, config=model.config))()
         monkeypatch.setattr(sampler, "model", broken)
     with pytest.raises(grpo.UsageError, match="vLLM's log-probs differ from the trainer's by"):
-        loading.check_sampler(sampler, grpo.Policy(model), PROMPTS, accelerator, config)
+        self_test(sampler, model, accelerator, config)
 
 
 @pytest.mark.parametrize("folder", ["qwen2 tied"], indirect=True)
