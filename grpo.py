@@ -256,9 +256,8 @@ class TorchSampler:
     def _forward(self, ids, mask, cache):
         """Next-token logits [B, V] after the last column of `ids` [B, T]; `mask` [B, past + T] is 0 on padding."""
         position = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        out = self.model.base_model(
-            ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
-        )
+        inputs = dict(attention_mask=mask, position_ids=position, past_key_values=cache)
+        out = self.model.base_model(ids, **inputs, use_cache=True)
         return output_logits(self.model, out.last_hidden_state[:, -1]), out.past_key_values
 
 
@@ -517,7 +516,7 @@ def rollout_metrics(rollouts: list[Rollout], group_size: int) -> dict[str, float
         "penalty": average(r.penalty for r in rollouts),
         **part_means(rollouts),
         "pass_at_group": (right > 0).any(1).double().mean().item(),
-        "zero_advantage_groups": average(r.dead for r in rollouts),
+        "zero_advantage_groups": dead_groups(rewards).double().mean().item(),
         "length": average(r.length for r in rollouts),
         "length_correct": average(r.length for r in rollouts if r.parts["correct"]),
         "length_wrong": average(r.length for r in rollouts if not r.parts["correct"]),
@@ -681,9 +680,7 @@ def adapted_kl_coef(kl_coef: float, kl_ref: float | None, target: float) -> floa
     At most 2 % a step: the KL answers late, and a faster controller would swing. A step that trained nothing
     (`kl_ref` None) changes nothing.
     """
-    if kl_ref is None:
-        return kl_coef
-    return kl_coef * (1 + 0.1 * max(-0.2, min(0.2, kl_ref / target - 1)))
+    return kl_coef if kl_ref is None else kl_coef * (1 + 0.1 * max(-0.2, min(0.2, kl_ref / target - 1)))
 
 
 # GRPO: one over the weight of each token of a row
@@ -836,7 +833,7 @@ def update(
     policy.train()  # gradient checkpointing acts only in training mode; dropout was set to 0 when the model was loaded
     order = random.Random(f"{config.seed}/{step}/minibatches")
     sums: Counter[str] = Counter()
-    before_any_update, grad_norms, ratio_max, skipped, not_finite = None, [], 1.0, 0, 0
+    before_any_update, grad_norms, ratio_max, skipped, not_finite = Counter(), [], 1.0, 0, 0
     for _ in range(config.epochs):
         rows = order.sample(rollouts, len(rollouts))
         size = len(rows) // config.minibatches
@@ -847,12 +844,14 @@ def update(
             # GRPO: dead groups have advantage 0 and, without a KL term, no gradient, so they skip the forward and the
             # backward pass. They still count in the totals: leaving them out there would raise the learning rate.
             kept = [r for r in minibatch if not (r.dead and config.drops_dead_groups)]
+            if config.dead_groups_teach_nothing and all(r.dead for r in kept):
+                kept = []  # or AdamW's momentum would move the weights
             for batch in microbatches(kept, config.tokens_per_microbatch):
                 loss, numbers = batch_loss(policy, batch, config, accelerator.device, total_tokens, len(minibatch))
                 accelerator.backward(loss)
                 ratio_max = max(ratio_max, numbers.pop("ratio_max"))
                 sums.update(numbers)
-            if before_any_update is None:
+            if not before_any_update:  # those that were skipped are none
                 before_any_update = Counter(sums)
             if kept:
                 grad_norms.append(accelerator.clip_grad_norm_(policy.parameters(), config.grad_clip).item())
@@ -932,9 +931,8 @@ def evaluate(sampler, tokenizer, task, problems: list[Problem], config: Config, 
 # ==== 7. train() and main() ===========================================================================================
 
 
-def evaluation_problems(task, tokenizer, model, config: Config) -> list[Problem]:
+def evaluation_problems(task, tokenizer, config: Config) -> list[Problem]:
     """The evaluation problems whose prompts fit; checks the task and the lengths on the way, before any long work."""
-    loading.check_window(model.config, config)
     problems = [Problem(example, *encode_prompt(tokenizer, task, example)) for example in task.eval()]
     fitting = [problem for problem in problems if len(problem.ids) <= config.max_prompt_tokens]
     if not fitting:
@@ -964,15 +962,16 @@ def setup(config: Config):
     task = loading.load_task(config.task, config.task_args, config.reward_seconds)
     accelerator = loading.make_accelerator(config)
     folder = RunFolder(Path(config.resume)) if config.resume else None
-    checkpoint = folder.newest_whole() if folder else None
+    checkpoint = folder.newest_whole(config.steps) if folder else None
     name = str(checkpoint or config.model)
     model_config = loading.load_model_config(name, config.trust_remote_code)
+    loading.check_window(model_config, config)
     device, bf16 = accelerator.device, accelerator.mixed_precision == "bf16"
     kind = loading.choose_sampler(config, model_config, device)
     memory.check_memory(model_config, config, device, bf16, kind == "vllm")
     model, tokenizer = loading.load_model(name, config.gradient_checkpointing, config.trust_remote_code)
     model.eval()
-    problems, eos = evaluation_problems(task, tokenizer, model, config), loading.find_eos(model, tokenizer)
+    problems, eos = evaluation_problems(task, tokenizer, config), loading.find_eos(model, tokenizer)
     check_logits(model, problems[0].ids)
     torch.manual_seed(config.seed)
     policy = Policy(model, config.temperature, entropy_gradient=config.entropy_coef > 0)
@@ -992,7 +991,7 @@ def setup(config: Config):
         reference = Policy(original, config.temperature).requires_grad_(False)
         reference.to("cpu" if config.offload_reference else accelerator.device)
     folder = folder or RunFolder.create(config)
-    state = folder.resume(checkpoint, optimizer, config.steps)
+    state = folder.resume(checkpoint, optimizer)
     folder.write_config(config)
     run_folder.announce(config, folder.path, model, device, checkpoint)
     return task, accelerator, model, tokenizer, problems, policy, optimizer, sampler, reference, folder, state
@@ -1003,7 +1002,7 @@ def train(config: Config) -> dict[str, Any]:
     started = time.time()
     task, accelerator, model, tokenizer, problems, policy, optimizer, sampler, reference, folder, state = setup(config)
     step, tokens, kl_coef = state["step"], state.get("tokens", 0), state.get("kl_coef", config.kl_coef)
-    evaluations, alarms = folder.read("eval.jsonl"), run_folder.Alarms()
+    evaluations, alarms = folder.read("eval.jsonl"), run_folder.Alarms(config.epochs * config.minibatches)
 
     def save_checkpoint():
         folder.save_checkpoint(step, model, tokenizer, optimizer, config.keep_last, tokens=tokens, kl_coef=kl_coef)
@@ -1076,8 +1075,9 @@ def train(config: Config) -> dict[str, Any]:
         if reference is not None:
             add_logps("ref_logps", reference, rollouts, accelerator, config)
         assign_advantages(rollouts, config)
-        lengths = torch.tensor([r.length for r in rollouts])
-        weights = token_weights(lengths, config.loss_weight, config.max_completion_tokens)
+        lengths = torch.tensor([0 if r.truncated and config.mask_truncated else r.length for r in rollouts])
+        rows = int((lengths > 0).sum())
+        weights = token_weights(lengths, config.loss_weight, config.max_completion_tokens, total_rows=rows)
         run_folder.show_group(rollouts, weights.tolist(), tokenizer, config.group_size)
         return result
     final = folder.save_final(model, tokenizer)

@@ -86,13 +86,14 @@ def needs(shape: Shape, config: Config, bf16: bool, vllm: bool, on_gpu: bool, fr
     longest = config.max_prompt_tokens + config.max_completion_tokens
     rows = config.prompts_per_step * config.group_size
     tokens = max(longest, min(config.tokens_per_microbatch, rows * longest))
-    reference, on_card = 4 * n if config.kl_coef else 0, not config.offload_reference
+    reference = 4 * n if config.kl_coef else 0
+    on_card = not (config.offload_reference and on_gpu)  # on a CPU it is in the same memory, wherever it is
     copies = 2 * (n - s.embeddings) if bf16 else 0
     logits = 3 * 4 * min(LOGITS_CHUNK, tokens) * s.vocabulary
     awake = not config.vllm_sleep
     vllm_weights = n * (2 if bf16 else 4) if vllm else 0
     cache = vllm_cache_bytes(shape, config, bf16, free) if vllm else 0
-    sample_rows = min(rows, max(1, config.sample_rows // config.group_size) * config.group_size)
+    sample_rows = max(config.sample_rows, config.group_size, config.eval_samples)  # the evaluation fills them
     torch_cache = 0 if vllm else 1.25 * sample_rows * longest * s.cache_bytes(bf16)
     table = {
         "weights, float32": [4 * n] * 3,
@@ -101,7 +102,7 @@ def needs(shape: Shape, config: Config, bf16: bool, vllm: bool, on_gpu: bool, fr
         "reference": [reference * on_card, reference, reference * on_card],
         "bf16 copies of the weights": [0 if vllm else copies, copies, copies],
         "activations": [0, 0, tokens * s.activation_bytes(bf16, config.gradient_checkpointing)],
-        f"logits of {min(LOGITS_CHUNK, tokens)} tokens": [0, logits, logits],
+        "logits": [0 if vllm else 3 * 4 * sample_rows * s.vocabulary, logits, logits],
         "vLLM: weights": [vllm_weights, awake * vllm_weights, awake * vllm_weights],
         "key-value cache": [cache or torch_cache, awake * cache, awake * cache],
         "vLLM: the rest": [VLLM_REST if vllm and on_gpu else 0] * 3,
@@ -151,7 +152,7 @@ def lower(table_of, config: Config, limit: float, can_sleep: bool) -> str:
     steps += [("tokens_per_microbatch", longest)]
     changed: dict[str, object] = {}
     now = peak(table_of(config))
-    for name, value in steps:
+    for name, value in steps * 2:  # twice: a setting may help only after another, where the peak then is elsewhere
         trial = replace(config, **{name: value})
         if (then := peak(table_of(trial))) < 0.99 * now:
             config, now = trial, then

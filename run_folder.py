@@ -148,15 +148,17 @@ class RunFolder:
     def checkpoints(self) -> list[Path]:
         return sorted(self.path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
 
-    def newest_whole(self) -> Path | None:
+    def newest_whole(self, steps: int) -> Path | None:
         """The newest checkpoint that is as it was written; newer ones are named. None if there was none yet.
 
         Raises:
-            UsageError: all are damaged.
+            UsageError: all are damaged, or it is past `steps` already.
         """
         found = self.checkpoints()
         for checkpoint in reversed(found):
             if not (damage := self.damage(checkpoint)):
+                if steps < int(checkpoint.name.split("-")[1]):
+                    raise UsageError(f"{checkpoint} is past step {steps} already: ask for more --steps")
                 return checkpoint
             print(f"{checkpoint} is damaged ({damage}): taking the one before it")
         if found:
@@ -177,7 +179,7 @@ class RunFolder:
             return f"{type(error).__name__}: {error}"
         return ""
 
-    def resume(self, checkpoint: Path | None, optimizer, steps: int) -> dict[str, Any]:
+    def resume(self, checkpoint: Path | None, optimizer) -> dict[str, Any]:
         """Loads the optimizer from the checkpoint, cuts later rows off the logs; returns `step` and `state`.
 
         Without a checkpoint, as in a run that is new or was killed before its first one, the run begins at step 0.
@@ -189,8 +191,6 @@ class RunFolder:
                 index, key = name.split(".")
                 state["state"].setdefault(int(index), {})[key] = value
             optimizer.load_state_dict(state)
-        if steps < saved["step"]:
-            raise UsageError(f"{checkpoint} is past step {steps} already: ask for more --steps")
         for name, size in saved["log_sizes"].items():  # or a step that is done again would be there twice
             os.truncate(self.path / name, size)
         return saved
@@ -275,8 +275,8 @@ class Alarms:
     )  # fmt: skip
     NOT_FINITE = 3  # steps in a row
 
-    def __init__(self):
-        self.counts = Counter()
+    def __init__(self, updates: int):
+        self.updates, self.counts = updates, Counter()  # optimizer steps in a step
 
     def __call__(self, row: dict) -> list[str]:
         """The warnings of this step; a UsageError where going on makes no sense."""
@@ -285,7 +285,8 @@ class Alarms:
             self.counts[i] = self.counts[i] + 1 if shows(row) or self.counts[i] >= patience else 0
             if self.counts[i] == patience:
                 warnings.append(text)
-        self.counts["nonfinite"] = self.counts["nonfinite"] + 1 if row["nonfinite_updates"] else 0
+        none_was_good = row["nonfinite_updates"] and row["nonfinite_updates"] + row["skipped_updates"] == self.updates
+        self.counts["nonfinite"] = self.counts["nonfinite"] + 1 if none_was_good else 0
         if self.counts["nonfinite"] == self.NOT_FINITE:
             raise UsageError(
                 f"the gradient was not finite in {self.NOT_FINITE} steps in a row, up to step {row['step']}: no weight "

@@ -45,7 +45,7 @@ class Config:
     task_args: dict[str, Any] = field(default_factory=dict)
     """arguments of the task, for example --task_args.max_depth 2"""
     reward_seconds: float = 0.0
-    """time limit of one call of the task's reward(), for tasks that run what they judge; 0 is none"""
+    """time limit of one call of the task's reward(), after which it is 0, for tasks that run code; 0 is no limit"""
     trust_remote_code: bool = False
     """run the Python code that a model of the Hub brings along: only if you have read it"""
     seed: int = 0
@@ -178,11 +178,16 @@ class Config:
              "kl_target changes kl_coef by factors, so kl_coef must start above 0: try 0.05"),
             (self.kl_in == "reward" and not self.kl_coef,
              "kl_in is reward, but kl_coef is 0, so there is no penalty: try --kl_coef 0.05"),
+            (self.kl_in == "reward" and self.advantage in ("grpo", "batch"),
+             f"advantage {self.advantage} divides by a std, which would blow the smallest KL penalty up to advantages "
+             "of size 1 where a group's rewards are equal: with kl_in reward take rloo or dr_grpo"),
             (self.importance_cap and not self.uses_trainer_logps,
              "importance_cap weights by the trainer's old log-probs over the sampler's, and needs --old_logps trainer: "
              "with sampler, the ratio has that factor in it already"),
             (self.dead_groups == "resample" and not self.resample_rounds,
              "dead_groups is resample, without a bound: set --resample_rounds, for example 3"),
+            (self.resample_rounds and self.dead_groups != "resample",
+             "resample_rounds is for --dead_groups resample"),
             (self.overlong_share >= 1, f"overlong_share is {self.overlong_share}, it must be below 1; DAPO has 0.2"),
             (self.advantage == "maxrl" and (self.overlong_share or self.kl_in == "reward"),
              "advantage maxrl is for rewards of 0 and more, which overlong_share and kl_in reward can make negative"),
@@ -204,9 +209,12 @@ class Config:
 
     @property
     def drops_dead_groups(self) -> bool:
-        if self.dead_groups == "auto":  # an advantage of 0 has no gradient, but a penalty or a bonus in the loss has
-            return self.entropy_coef == 0 and (self.kl_coef == 0 or self.kl_in == "reward")
-        return self.dead_groups != "keep"
+        return self.dead_groups_teach_nothing if self.dead_groups == "auto" else self.dead_groups != "keep"
+
+    @property
+    def dead_groups_teach_nothing(self) -> bool:
+        """An advantage of 0 has no gradient, but a penalty or a bonus in the loss has."""
+        return self.entropy_coef == 0 and (self.kl_coef == 0 or self.kl_in == "reward")
 
     @property
     def sampling(self) -> "Sampling":
@@ -217,10 +225,11 @@ LOWEST = dict(group_size=2, prompts_per_step=1, max_prompt_tokens=1, max_complet
 LOWEST |= dict(minibatches=1, tokens_per_microbatch=1, eval_samples=1, save_steps=1, keep_last=1, steps=0, top_k=0)
 LOWEST |= dict(kl_coef=0, kl_target=0, clip_low=0, clip_high=0, warmup_steps=0, weight_decay=0, eval_steps=0)
 LOWEST |= dict(print_steps=0, kv_cache_gb=0, importance_cap=0, resample_rounds=0, overlong_share=0, reward_seconds=0)
+LOWEST |= dict(entropy_coef=0)
 CHANGEABLE_ON_RESUME = {"steps", "eval_steps", "save_steps", "keep_last", "print_steps", "about", "runs", "resume"}
 # what memory needs
 CHANGEABLE_ON_RESUME |= {"tokens_per_microbatch", "gradient_checkpointing", "offload_reference", "vllm_sleep"}
-CHANGEABLE_ON_RESUME |= {"reward_seconds"}
+CHANGEABLE_ON_RESUME |= {"reward_seconds", "kv_cache_gb"}
 
 
 

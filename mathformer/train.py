@@ -202,7 +202,7 @@ def pretrain(config: PretrainConfig) -> bool:
     transformers.utils.logging.disable_progress_bar()  # of saving: it would break up our own
     torch.manual_seed(config.seed)
     if resume:
-        checkpoint = folder.newest_whole()
+        checkpoint = folder.newest_whole(config.steps)
         model, tokenizer = load_model(str(checkpoint))
         for module in model.modules():  # load_model is made for RL, and takes dropout out
             if isinstance(module, torch.nn.Dropout):
@@ -217,7 +217,7 @@ def pretrain(config: PretrainConfig) -> bool:
     state = dict(step=0, seconds=0.0, tokens=0, right=0, answers=0)
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("output", "resume", "log_csv")}
     if resume:
-        state = folder.resume(checkpoint, optimizer, config.steps)
+        state = folder.resume(checkpoint, optimizer)
         version, numbers, gauss = state.pop("rng")
         rng.setstate((version, tuple(numbers), gauss))
     else:

@@ -152,11 +152,13 @@ def test_08_dead_groups_count_and_are_kept_under_a_penalty(model, make_rollouts,
     rewards = torch.full((1, 7), 0.1)
     assert (rewards != rewards.mean()).any(), "rounding: a dead group is not found by comparing advantages with 0"
     assert (grpo.group_advantages(rewards) == 0).all() and grpo.dead_groups(rewards).all()
-    rows = make_rollouts()  # the last group is dead
+    rows = on_policy(model, make_rollouts())  # the last group is dead
     dropped, kept = (
         updated(model, rows, make_config(dead_groups=how), accelerator) for how in ("drop", "keep")
     )  # if they did not count in the denominator, the other rows would weigh more
     assert largest_difference(dropped[1], kept[1]) < 1e-6 and is_close(dropped[0]["loss"], kept[0]["loss"])
+    by_hand = sum(-r.advantage * r.length for r in rows) / sum(r.length for r in rows)
+    assert is_close(dropped[0]["loss"], by_hand, 1e-5)
     auto, kept, dropped = (
         updated(model, rows, make_config(kl_coef=0.3, dead_groups=how), accelerator)[1]
         for how in ("auto", "keep", "drop")
@@ -341,7 +343,7 @@ def test_21_metrics_are_what_they_are_called(model, make_rollouts, make_config, 
     norm = math.sqrt(sum(value.square().sum().item() for value in unclipped.values()))
     assert is_close(metrics["grad_norm"], norm, 1e-4), "before the clip, after the backward pass"
     for r in rows:
-        r.dead, r.parts = True, dict(correct=0.0, format=1.0)
+        r.reward, r.parts = 0.0, dict(correct=0.0, format=1.0)
     assert grpo.rollout_metrics(rows, 4)["zero_advantage_groups"] == 1
 
 

@@ -209,11 +209,12 @@ def test_three_steps_that_are_not_finite_end_the_run_with_its_rollouts_saved(run
         return row
 
     monkeypatch.setattr(grpo, "update", watched)
-    with pytest.raises(grpo.UsageError, match="not finite in 3 steps in a row, up to step 3"):
+    with pytest.raises(grpo.UsageError, match="not finite in 3 steps in a row, up to step 6"):
         run(dead_groups="keep")
     (folder,) = (tmp_path / "runs").iterdir()
-    assert len(rows(folder, "rollouts.jsonl")) == 3 * 8
-    assert [row["nonfinite_updates"] for row in rows(folder, "metrics.jsonl")] == [1, 1, 1]
+    assert len(rows(folder, "rollouts.jsonl")) == 6 * 8
+    metrics = [(row["nonfinite_updates"], row["zero_advantage_groups"] == 1) for row in rows(folder, "metrics.jsonl")]
+    assert metrics[-3:] == [(1, False)] * 3 and all(bad == 1 or dead for bad, dead in metrics)
     assert all(torch.equal(a, b) for a, b in zip(weights[0], weights[-1], strict=True))
 
 
@@ -224,7 +225,8 @@ def test_a_diverged_model_is_told_in_one_line(model):
         grpo.TorchSampler(model, [2]).generate([[1, 5]], 2, grpo.Sampling(4), seed=0)
 
 
-HEALTHY = dict(step=1, zero_advantage_groups=0.5, truncated=0.1, kl_ref=0.1, sampler_logp_gap=1e-4, nonfinite_updates=0)
+HEALTHY = dict(step=1, zero_advantage_groups=0.5, truncated=0.1, kl_ref=0.1, sampler_logp_gap=1e-4)
+HEALTHY |= dict(nonfinite_updates=0, skipped_updates=0)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +239,7 @@ HEALTHY = dict(step=1, zero_advantage_groups=0.5, truncated=0.1, kl_ref=0.1, sam
     ],
 )
 def test_each_alarm_is_given_once_after_its_patience(symptom, patience, said):
-    alarms = Alarms()
+    alarms = Alarms(1)
     assert all(alarms(HEALTHY) == [] for _ in range(20))
     for _ in range(patience - 1):
         assert alarms(HEALTHY | symptom) == []
@@ -248,16 +250,16 @@ def test_each_alarm_is_given_once_after_its_patience(symptom, patience, said):
 
 
 def test_alarms_take_what_was_not_measured():
-    assert Alarms()(HEALTHY | dict(kl_ref=None, sampler_logp_gap=None)) == []
+    assert Alarms(1)(HEALTHY | dict(kl_ref=None, sampler_logp_gap=None)) == []
 
 
-def test_two_steps_that_are_not_finite_are_no_end():
-    alarms = Alarms()
-    for bad in (1, 1, 0, 1, 1, 0):
-        alarms(HEALTHY | dict(nonfinite_updates=bad))
+def test_steps_in_which_some_update_was_good_are_no_end():
+    alarms = Alarms(4)
+    for bad, skipped in ((4, 0), (3, 1), (3, 0), (1, 3), (2, 2), (0, 4)):
+        alarms(HEALTHY | dict(nonfinite_updates=bad, skipped_updates=skipped))
     with pytest.raises(grpo.UsageError):
         for _ in range(3):
-            alarms(HEALTHY | dict(nonfinite_updates=2))
+            alarms(HEALTHY | dict(nonfinite_updates=2, skipped_updates=2))
 
 
 def test_a_warning_reaches_the_terminal_of_a_run(run, capsys, monkeypatch):
@@ -270,9 +272,32 @@ def test_a_warning_reaches_the_terminal_of_a_run(run, capsys, monkeypatch):
 # Rewards
 
 
-def test_a_reward_that_never_returns_is_stopped_and_named(run):
-    with pytest.raises(grpo.UsageError, match=r"Own.reward\(\) for the prompt '<sos>.' and .* than 0.2 s"):
-        run(task_args=dict(hangs=True), reward_seconds=0.2)
+def test_a_reward_that_never_returns_is_stopped_and_pays_nothing(run):
+    folder = run(task_args=dict(hangs=True), reward_seconds=0.05, steps=1, eval_samples=1)
+    found = rows(folder, "rollouts.jsonl")
+    assert all(row["reward"] == 0 and row["timed_out"] == 1 for row in found)
+    assert found[0]["prediction"] == "reward() took longer than 0.05 s"
+    assert rows(folder, "metrics.jsonl")[0]["timed_out"] == 1
+
+
+def test_a_reward_that_raises_is_named_with_its_prompt_and_completion(run, monkeypatch):
+    monkeypatch.setattr(loading, "load_task", lambda *args: Raises())
+    with pytest.raises(grpo.UsageError, match=r"Raises.reward\(\) for the prompt '<sos>1' and .* raised KeyError: 'x'"):
+        run()
+
+
+class Raises:
+    def train(self, rng, step):
+        return {}
+
+    def eval(self):
+        return [{}]
+
+    def prompt(self, example):
+        return "<sos>1"
+
+    def reward(self, text, example):
+        return example["x"]
 
 
 def test_the_time_limit_leaves_nothing_behind():

@@ -155,7 +155,7 @@ VARIANTS = {
     "cispo": dict(surrogate="cispo", clip_high=0.3),
     "cispo by rows": dict(surrogate="cispo", ratio="sequence", loss_weight="constant", clip_high=0.1),
     "entropy": dict(entropy_coef=0.05),
-    "kl in reward": dict(kl_in="reward", kl_coef=0.2),
+    "kl in reward": dict(kl_in="reward", kl_coef=0.2, advantage="rloo"),
     "importance": dict(old_logps="trainer", importance_cap=1.2),
     "importance, gspo": dict(old_logps="trainer", importance_cap=1.2, ratio="sequence", loss_weight="sequence"),
     "masked": dict(mask_truncated=True),
@@ -221,6 +221,43 @@ def test_gradient_equals_finite_differences(name, model, make_rollouts, make_con
 
 
 # What is done to the batch
+
+
+@pytest.mark.parametrize("dead_groups", ["keep", "drop"])
+def test_an_all_dead_step_moves_nothing_kept_or_dropped(dead_groups, model, make_rollouts, make_config, accelerator):
+    """Also not by AdamW's momentum."""
+    policy = grpo.Policy(copy.deepcopy(model))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
+    config = make_config(dead_groups=dead_groups)
+    grpo.update(policy, optimizer, accelerator, make_rollouts(), config, step=1)
+    before = [p.detach().clone() for p in policy.parameters()]
+    dead = make_rollouts()
+    for r in dead:
+        r.advantage, r.dead = 0.0, True
+    metrics = grpo.update(policy, optimizer, accelerator, dead, config, step=2)
+    assert metrics["skipped_updates"] == 1 and metrics["grad_norm"] is None
+    assert all(torch.equal(p, old) for p, old in zip(policy.parameters(), before, strict=True))
+
+
+def test_the_gap_is_measured_though_the_first_minibatch_trains_nothing(model, make_rollouts, make_config, accelerator):
+    rollouts = make_rollouts()
+    for r in rollouts[1:]:
+        r.dead, r.advantage = True, 0.0
+    config = make_config(minibatches=8)
+    for step in range(5):  # the one live row is in another minibatch each time
+        policy = grpo.Policy(copy.deepcopy(model))
+        optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
+        metrics = grpo.update(policy, optimizer, accelerator, rollouts, config, step + 1)
+        assert metrics["sampler_logp_gap"] > 0 and metrics["skipped_updates"] == 7
+
+
+def test_dead_groups_are_counted_by_their_rewards(make_config):
+    """A KL penalty makes all rewards differ by a little, which is no success of the task."""
+    rows = [grpo.Rollout([1], [3], [-1.0 - i / 9], False, reward=1.0, ref_logps=[-1.0]) for i in range(4)]
+    for r in rows:
+        r.parts = dict(correct=1.0, format=1.0)
+    grpo.assign_advantages(rows, make_config(group_size=4, kl_in="reward", kl_coef=0.1, advantage="rloo"))
+    assert not any(r.dead for r in rows) and grpo.rollout_metrics(rows, 4)["zero_advantage_groups"] == 1
 
 
 def test_masked_rows_do_not_exist_for_the_loss(model, rollouts, make_config, accelerator):
@@ -307,7 +344,7 @@ def test_replacing_dead_groups_ends_at_its_bound(tokenizer, make_config):
     [
         (dict(), True),
         (dict(kl_coef=0.1), False),
-        (dict(kl_coef=0.1, kl_in="reward"), True),
+        (dict(kl_coef=0.1, kl_in="reward", advantage="rloo"), True),
         (dict(entropy_coef=0.1), False),
         (dict(dead_groups="keep"), False),
         (dict(dead_groups="drop", kl_coef=0.1), True),
@@ -322,10 +359,15 @@ def test_dead_groups_are_dropped_where_that_is_exact(settings, drops, make_confi
     "settings, said",
     [
         (dict(importance_cap=2.0), "needs --old_logps trainer"),
-        (dict(kl_in="reward"), "kl_coef is 0, so there is no penalty"),
+        (dict(kl_in="reward", advantage="rloo"), "kl_coef is 0, so there is no penalty"),
         (dict(advantage="maxrl", overlong_share=0.2), "can make negative"),
         (dict(advantage="maxrl", kl_in="reward", kl_coef=0.1), "can make negative"),
         (dict(dead_groups="resample"), "without a bound: set --resample_rounds"),
+        (dict(resample_rounds=2), "is for --dead_groups resample"),
+        (dict(kl_in="reward", kl_coef=0.1), "take rloo or dr_grpo"),
+        (dict(kl_in="reward", kl_coef=0.1, advantage="batch"), "take rloo or dr_grpo"),
+        (dict(entropy_coef=-0.5), "entropy_coef is -0.5, it must be 0 or more"),
+        (dict(entropy_coef=float("nan")), "entropy_coef is nan"),
         (dict(overlong_share=1.0), "must be below 1"),
         (dict(minibatches=3, prompts_per_step=2, group_size=2), "must divide the 4 completions"),
         (dict(advantage="grop"), "grpo, dr_grpo, rloo, batch, maxrl"),
