@@ -143,7 +143,7 @@ def run(mutant: Mutant, tests: list[str]) -> tuple[Mutant, list[str]]:
         command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         try:
-            done = subprocess.run(command, cwd=copy, capture_output=True, text=True, env=environment, timeout=300)
+            done = subprocess.run(command, cwd=copy, capture_output=True, text=True, env=environment, timeout=120)
         except subprocess.TimeoutExpired:  # `eval` of 99**98**97 does not come back
             return mutant, ["(the tests hang)"]
     if done.returncode not in (0, 1):

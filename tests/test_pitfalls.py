@@ -348,7 +348,7 @@ def test_21_metrics_are_what_they_are_called(model, make_rollouts, make_config, 
 
 
 def test_22_the_evaluation_comes_first_and_repeats(run):
-    same = dict(lr=1e-12, steps=1)
+    same = dict(lr=1e-12, steps=1, eval_steps=0)
     rows = [lines(run(**same, seed=seed)["run"], "eval.jsonl") for seed in (0, 0)]
     assert [row["step"] for row in rows[0]] == [0, 1] and rows[0] == rows[1]
     before, after = ({k: v for k, v in row.items() if k != "step"} for row in rows[0])
@@ -361,9 +361,11 @@ def test_23_truncated_answers_are_shown_and_can_be_masked(run, model, make_rollo
     rows = make_rollouts()
     for i, r in enumerate(rows):
         r.truncated = i % 2 == 0
-    masked, whole = (updated(model, rows, make_config(mask_truncated=m), accelerator)[1] for m in (True, False))
-    kept = updated(model, [r for r in rows if not r.truncated], make_config(), accelerator)[1]
-    assert largest_difference(masked, kept) < 1e-6 < largest_difference(masked, whole)
+    for weight in ("token", "sequence", "constant"):  # as if they had never been sampled
+        configs = [make_config(mask_truncated=mask, loss_weight=weight) for mask in (True, False)]
+        masked, whole = (updated(model, rows, config, accelerator)[1] for config in configs)
+        kept = updated(model, [r for r in rows if not r.truncated], configs[1], accelerator)[1]
+        assert largest_difference(masked, kept) < 1e-6 < largest_difference(masked, whole)
 
 
 def test_24_the_algorithm_is_written_once():
