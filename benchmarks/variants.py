@@ -30,7 +30,7 @@ VARIANTS |= {f"{name}.yaml": ["--config", f"configs/variants/{name}.yaml"] for n
 VARIANTS |= {
     "GSPO, clip 0.2": ["--ratio", "sequence", "--loss_weight", "sequence"],
     "CISPO, bound 1.2": ["--surrogate", "cispo"],
-    "DAPO, no resampling": ["--config", "configs/variants/dapo.yaml", "--dead_groups", "auto"],
+    "DAPO, no resampling": ["--clip_high", "0.28", "--overlong_share", "0.2"],
     "RLOO, no KL": ["--advantage", "rloo"],
     "sequence weights": ["--loss_weight", "sequence"],
     "constant weights": ["--loss_weight", "constant"],

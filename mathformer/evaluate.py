@@ -179,13 +179,14 @@ def evaluate(config: EvaluationConfig) -> dict | None:
         seed=config.seed,
     )
     task = loading.load_task(settings.task, settings.task_args)
+    loading.check_window(model.config, settings)
     device = loading.make_accelerator(settings).device
     sampler = grpo.TorchSampler(model.to(device), loading.find_eos(model, tokenizer), settings.sample_rows)
     with torch.no_grad():
         if config.expression:
             show_expression(config.expression, sampler, tokenizer, task, settings)
             return None
-        problems = grpo.evaluation_problems(task, tokenizer, model, settings)
+        problems = grpo.evaluation_problems(task, tokenizer, settings)
         print(f"{config.checkpoint} on {len(problems)} problems: {settings.task_args}")
         row, details = grpo.evaluate(sampler, tokenizer, task, problems, settings, step=0)
         most_likely = settings.sampling._replace(temperature=0.0)
