@@ -1,0 +1,102 @@
+# ruff: noqa: E402, E501
+# %% [markdown]
+# # 1. Rollouts, masks, verifiers
+# What a model writes, which tokens count, and what an answer is paid. About 30 minutes. CPU only.
+# %%
+import os
+import sys
+import warnings
+from pathlib import Path
+
+warnings.filterwarnings("ignore", message="IProgress")  # a progress bar of tqdm that we do not use
+
+REPOSITORY = ""  # in Colab: the address of the repository
+if REPOSITORY and not Path("grpo").exists() and not any((p / "grpo.py").exists() for p in Path.cwd().parents):
+    os.system(f"git clone -q {REPOSITORY} grpo && pip install -q -r grpo/requirements.txt")
+ROOT = next(p for p in (Path.cwd(), *Path.cwd().parents, Path("grpo").resolve()) if (p / "grpo.py").exists())
+sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "notebooks")) if p not in sys.path]
+
+import math  # noqa: F401  (for your answer)
+
+import torch
+import viz
+from IPython.display import HTML, display
+from matplotlib import pyplot as plt
+from workshop import check, compare, predict
+
+# %%
+import grpo
+import loading
+from settings import PRESET, parse_config
+
+
+# %% [markdown]
+# ## Which tokens are the completion's
+# Completions of a batch differ in length. The end-of-sequence token is an action too: it is trained.
+#
+# <details><summary>Hint 1, a question</summary>For a row of length 3, at which positions 0, 1, 2, 3, ... is the mask True?
+# <details><summary>Hint 2, the formula</summary>positions [T] against lengths [B, 1] gives [B, T].
+# <details><summary>Hint 3, a line with a hole</summary><code>torch.arange(int(lengths.max())) < ____</code>
+# </details></details></details>
+# %%
+def completion_mask(lengths):
+    """[B] completion lengths to a mask [B, T] that is True on real tokens, the end-of-sequence token among them."""
+    raise NotImplementedError
+# %%
+completion_mask = check(completion_mask)
+# %% [markdown]
+# ## What an answer is paid
+# <details><summary>Hint 1, a question</summary>Is `123` right where 12 is?
+# <details><summary>Hint 2, the formula</summary>The whole text has to match: perhaps a scratchpad, then the answer.
+# <details><summary>Hint 3, a line with a hole</summary><code>re.____(r"(<scratchpad>[^<]*)?<answer>(-?[0-9]+)", text)</code>
+# </details></details></details>
+# %%
+def reward(text, value):
+    """1.0 if `text` is `<answer>N`, with or without `<scratchpad>...` before it, and N is `value`; else 0.0."""
+    raise NotImplementedError
+# %%
+reward = check(reward)
+# %% [markdown]
+# ## pass@k from n samples
+# <details><summary>Hint 1, a question</summary>In how many ways can you choose k of the n samples, and all of them wrong?
+# <details><summary>Hint 2, the formula</summary>1 - C(n - c, k) / C(n, k)
+# <details><summary>Hint 3, a line with a hole</summary><code>1 - math.comb(____, k) / math.comb(n, k)</code>
+# </details></details></details>
+# %%
+def pass_at_k(n, c, k):
+    """Probability that k of n samples, of which c are right, hold a right one."""
+    raise NotImplementedError
+# %%
+pass_at_k = check(pass_at_k)
+# %% [markdown]
+# ## Eight rollouts of each of 100 problems
+# Predict: the share of right answers, and the share of problems of which at least one answer in eight is right.
+# %%
+predict(pass_at_1=0.5, pass_at_8=0.5)
+# %%
+config = parse_config(["--config", str(PRESET), "--seed=0", "--prompts_per_step=100", "--device=cpu"])
+task = loading.load_task(config.task, config.task_args)
+model, tokenizer = loading.load_model(config.model)
+sampler = grpo.TorchSampler(model, loading.find_eos(model, tokenizer))
+rollouts, _ = grpo.collect(sampler, tokenizer, task, config, 1)
+grpo.assign_advantages(rollouts, config)
+first = next(i for i, r in enumerate(rollouts) if not r.dead) // 8 * 8
+group = rollouts[first : first + 8]
+display(viz.group_table(group, tokenizer))
+# %% [markdown]
+# The same rows as tensors. Green: trained. White: the prompt, or padding.
+# %%
+ids = grpo.pad([r.prompt_ids + r.completion_ids for r in group], "cpu")
+mask = completion_mask(torch.tensor([r.length for r in group]))
+padding = torch.zeros(8, len(group[0].prompt_ids))
+values = torch.cat([padding, mask.float()], 1).tolist()
+rows = [viz.strip(tokenizer.convert_ids_to_tokens(row), v) for row, v in zip(ids.tolist(), values, strict=True)]
+display(HTML("".join(rows)))
+# %%
+problems = [rollouts[i : i + 8] for i in range(0, 800, 8)]
+right = [int(sum(r.parts["correct"] for r in one)) for one in problems]
+figure, axis = plt.subplots(figsize=(6, 2.6), layout="constrained")
+axis.bar(range(9), [right.count(c) for c in range(9)], color="0.5")
+axis.set(xlabel="right answers of 8", ylabel="problems", xticks=range(9))
+plt.show()
+compare(**{f"pass_at_{k}": sum(pass_at_k(8, c, k) for c in right) / 100 for k in (1, 8)})
