@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -244,7 +245,7 @@ def test_a_countdown_recipe_runs_with_vllm(qwen3_folder, tmp_path):
 
 
 class StartsWithSeven:
-    """Pays for completions whose first token is a 7: a random model finds that out in a few steps."""
+    """Pays for completions that start with a 7: a model that answers with any digit finds that out in a few steps."""
 
     def train(self, rng, step):
         return {"prompt": rng.choice("123456789") + "+"}
@@ -260,14 +261,32 @@ class StartsWithSeven:
         return dict(reward=right, correct=right, format=1.0, prediction=text[:1], ground_truth="7")
 
 
+def pretrain(folder: str) -> None:
+    """Teaches the model, in seconds, to answer `3+` with one digit, any digit, and an end-of-sequence token."""
+    model, tokenizer = loading.load_model(folder)
+    optimizer, rng = torch.optim.AdamW(model.parameters(), lr=3e-3), random.Random(0)
+    for _ in range(80):
+        rows = [tokenizer(f"{rng.randrange(1, 10)}+{rng.randrange(10)}")["input_ids"] + [2] for _ in range(64)]
+        ids = torch.tensor(rows)
+        logits = model(ids).logits[:, -3:-1]  # what predicts the digit and the end
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, -2:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 1.4  # log(10) / 2 is the least that one can know
+    model.save_pretrained(folder)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("folder", ["qwen2"], indirect=True)
-def test_reward_rises_in_a_run_with_vllm(config, precision, monkeypatch):
+def test_reward_rises_in_a_run_with_vllm(folder, config, precision, monkeypatch):
+    pretrain(folder)
     monkeypatch.setattr(loading, "load_task", lambda *args: StartsWithSeven())
     AcceleratorState._reset_state(reset_partial_state=True)  # one process has one precision
-    settings = dict(prompts_per_step=8, group_size=8, lr=3e-3, steps=20, eval_steps=0, eval_samples=4)
-    result = grpo.train(replace(config, **settings, max_completion_tokens=4, precision=precision, temperature=2.0))
-    rows = [json.loads(line) for line in (result["run"] / "metrics.jsonl").read_text().splitlines()]
-    assert sum(row["reward"] for row in rows[-5:]) > sum(row["reward"] for row in rows[:5]) + 1
+    settings = dict(prompts_per_step=8, group_size=8, lr=1e-3, steps=20, eval_steps=0, eval_samples=4)
+    result = grpo.train(replace(config, **settings, max_completion_tokens=4, precision=precision))
     AcceleratorState._reset_state(reset_partial_state=True)
-    assert max(row["sampler_logp_gap"] for row in rows) < (1e-3 if precision == "fp32" else 0.05)
+    rows = [json.loads(line) for line in (result["run"] / "metrics.jsonl").read_text().splitlines()]
+    rewards = [row["reward"] for row in rows]
+    assert sum(rewards[:2]) / 2 < 0.3 and sum(rewards[-5:]) / 5 > 0.7, rewards
+    assert max(row["sampler_logp_gap"] or 0 for row in rows) < (1e-3 if precision == "fp32" else 0.05)
