@@ -1,0 +1,105 @@
+"""The experiments of notebooks 5 and 6: what is changed in each, and `run`, which trains the small model with it.
+
+Every arm is `python grpo.py --config configs/arithmetic.yaml --prompts_per_step 16 --steps 60` with settings of its
+own: 128 completions a step, some 15 s on one core. benchmarks/workshop.py runs all of them with three seeds, and writes
+what `recorded` reads.
+"""
+
+import io
+import json
+import re
+from contextlib import redirect_stdout
+from pathlib import Path
+from statistics import fmean
+from tempfile import TemporaryDirectory
+
+import grpo
+from mathformer import ArithmeticTask
+from mathformer.task import is_true_equation
+from run_folder import RunFolder
+from settings import PRESET, parse_config
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORD = ROOT / "benchmarks" / "results" / "workshop.jsonl"
+KEYS = ("reward", "correct", "length", "length_correct", "length_wrong", "zero_advantage_groups", "truncated", "worked")
+
+
+class Wrapped(ArithmeticTask):
+    """The same problems in parentheses, a form that the base has not met."""
+
+    def example(self, tree, rng):
+        example = super().example(tree, rng)
+        sos_and_order, expression = re.fullmatch(r"(<\w+><\w+>)(.*)", example["prompt"]).groups()
+        return example | {"prompt": f"{sos_and_order}({expression})"}
+
+
+class Generous(ArithmeticTask):
+    """Pays 1 if the right number occurs anywhere, and 0.5 for each true equation. `correct` is the strict verdict."""
+
+    def reward(self, text, example):
+        equations = re.findall(r"[^;<>]+=[^;<>]+", text)
+        paid = float(str(example["value"]) in text) + 0.5 * sum(map(is_true_equation, equations))
+        return super().reward(text, example) | {"reward": paid}
+
+
+class Anywhere(ArithmeticTask):
+    """Pays 1 if the right number occurs anywhere in the text."""
+
+    def reward(self, text, example):
+        return super().reward(text, example) | {"reward": float(str(example["value"]) in text)}
+
+
+HERE = f"{ROOT}/notebooks/experiments.py"
+WEAK_BASE = ROOT / "runs" / "weak_base"  # python -m mathformer.train --output runs/weak_base --steps 1500
+ARMS = {
+    "base": {},
+    "wrapped": {"task": f"{HERE}:Wrapped"},
+    "no std": {"advantage": "dr_grpo"},
+    "sequence weights": {"loss_weight": "sequence"},
+    "constant weights": {"loss_weight": "constant"},
+    "G = 2": {"group_size": 2, "prompts_per_step": 64},
+    "G = 4": {"group_size": 4, "prompts_per_step": 32},
+    "G = 16": {"group_size": 16, "prompts_per_step": 8},
+    "lr 1e-4": {"lr": 1e-4},
+    "lr 3e-3": {"lr": 3e-3},
+    "lr 1e-2": {"lr": 1e-2},
+    "KL 0.1": {"kl_coef": 0.1},
+    "KL 1": {"kl_coef": 1.0},
+    "lr 3e-3, KL 0.1": {"lr": 3e-3, "kl_coef": 0.1},
+    "lr 1e-2, KL 0.1": {"lr": 1e-2, "kl_coef": 0.1},
+    "cap 8": {"max_completion_tokens": 8},
+    "weak base": {"model": str(WEAK_BASE), "steps": 120},
+    "generous": {"task": f"{HERE}:Generous", "lr": 1e-3},
+    "repaired": {"task_args.partial_credit": 0.5, "lr": 1e-3},
+    "anywhere": {"task": f"{HERE}:Anywhere"},
+}
+
+
+def run(seed: int = 0, **settings) -> tuple[list[dict], list[dict], list[dict]]:
+    """Trains with these settings: the rows of metrics.jsonl, of eval.jsonl, and the last step's of rollouts.jsonl."""
+    with TemporaryDirectory() as runs:
+        chosen = dict(prompts_per_step=16, steps=60, eval_steps=0, print_steps=0, device="cpu") | settings
+        chosen |= {"task_args.eval_size": 200, "seed": seed, "runs": runs}
+        config = parse_config(["--config", str(PRESET), *(f"--{name}={value}" for name, value in chosen.items())])
+        with redirect_stdout(io.StringIO()):  # the bar, on stderr, stays
+            folder = RunFolder(grpo.train(config)["run"])
+        rollouts = [row for row in folder.read("rollouts.jsonl") if row["step"] == config.steps]
+        return folder.read("metrics.jsonl"), folder.read("eval.jsonl"), rollouts
+
+
+def means_of_five(rows: list[dict]) -> list[dict]:
+    """Metrics of five steps each as one row: a single step of 128 completions is noisy."""
+    shortened = []
+    for i in range(0, len(rows), 5):
+        five = rows[i : i + 5]
+        means = {key: [row[key] for row in five if row.get(key) is not None] for key in KEYS}
+        shortened.append({"step": i + 3} | {key: round(fmean(v), 4) for key, v in means.items() if v})
+    return shortened
+
+
+def recorded(arm: str) -> list[dict]:
+    """What benchmarks/workshop.py measured, one dict a seed: `seed`, `rows` (means of five steps), `first`, `last`."""
+    found = [row for line in RECORD.read_text().splitlines() if (row := json.loads(line))["arm"] == arm]
+    if not found:
+        raise KeyError(f"no arm {arm!r} in {RECORD.name}: {', '.join(ARMS)}")
+    return found
