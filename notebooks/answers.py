@@ -28,3 +28,17 @@ def reward(text: str, value: int) -> float:
     """1.0 if `text` is `<answer>N`, with or without `<scratchpad>...` before it, and N is `value`; else 0.0."""
     match = COMPLETION.fullmatch(text)
     return float(match is not None and reduced(match["answer"]) == value)
+
+
+def repaired_reward(text: str, value: int, steps: list[str]) -> float:
+    """1.0 for the right answer, else up to 0.5 for the share of `steps`, such as "3*4=12", that the text shows.
+
+    0.0 for any text that is not `<answer>N` or `<scratchpad>STEP;STEP;...<answer>N` as a whole.
+    """
+    match = COMPLETION.fullmatch(text)
+    if match is None:
+        return 0.0
+    if reduced(match["answer"]) == value:
+        return 1.0
+    shown = (match["steps"] or "").split(";")
+    return 0.5 * sum(step in shown for step in steps) / len(steps)

@@ -1,9 +1,12 @@
 """Turns notebooks/src/NN_name.py (percent format) into notebooks.
 
+A paragraph that begins with `Hint 1, ...:` or `Answer:` is folded away; each hint is inside the one before it.
+
 python notebooks/build.py             notebooks/NN_name.ipynb, without outputs
 python notebooks/build.py --solved    notebooks/solved/NN_name.ipynb: answers put in, executed, outputs kept
 """
 
+import html
 import inspect
 import re
 import sys
@@ -22,14 +25,30 @@ def sources() -> list[Path]:
     return sorted((HERE / "src").glob("[0-9][0-9]_*.py"))
 
 
+def fold(text: str) -> str:
+    """Hints and answers as HTML that opens on a click. It is no Markdown inside, so `code` becomes HTML here too."""
+    out, depth = "", 0
+    for paragraph in text.split("\n\n"):
+        found = re.fullmatch(r"(Hint \d, [^:]*|Answer): (.*)", paragraph, re.S)
+        if found:
+            content = re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(found[2], quote=False))
+            separator = "\n" if depth else "\n\n"
+            out += f"{separator}<details><summary>{found[1]}</summary>{content}"
+            depth += 1
+        else:
+            out += f"{'</details>' * depth}\n\n{paragraph}"
+            depth = 0
+    return (out + "</details>" * depth).strip("\n")
+
+
 def build(source: Path) -> nbformat.NotebookNode:
     """The notebook of a source; a cell's id is the notebook's number and its place, so that a rebuild changes none."""
     cells = []
     for i, part in enumerate(re.split(r"^# %%", source.read_text(), flags=re.M)[1:]):
         head, _, body = part.partition("\n")
         is_text = "[markdown]" in head
-        text = re.sub(r"^# ?", "", body, flags=re.M) if is_text else body
-        cell = (new_markdown_cell if is_text else new_code_cell)(text.strip("\n"))
+        text = fold(re.sub(r"^# ?", "", body, flags=re.M).strip("\n")) if is_text else body.strip("\n")
+        cell = (new_markdown_cell if is_text else new_code_cell)(text)
         cell["id"] = f"{source.name[:2]}-{i:03d}"
         cells.append(cell)
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}

@@ -34,12 +34,12 @@ class Wrapped(ArithmeticTask):
 
 
 class Generous(ArithmeticTask):
-    """Pays 1 if the right number occurs anywhere, and 0.5 for each true equation. `correct` is the strict verdict."""
+    """Pays 1 if the right number occurs anywhere, and 1 for each true equation. `correct` is the strict verdict."""
 
     def reward(self, text, example):
         equations = re.findall(r"[^;<>]+=[^;<>]+", text)
-        paid = float(str(example["value"]) in text) + 0.5 * sum(map(is_true_equation, equations))
-        return super().reward(text, example) | {"reward": paid}
+        paid = (str(example["value"]) in text) + sum(map(is_true_equation, equations))
+        return super().reward(text, example) | {"reward": float(paid)}
 
 
 class Anywhere(ArithmeticTask):

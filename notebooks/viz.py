@@ -24,29 +24,40 @@ def strip(tokens: list[str], values: list[float], label: str = "", largest: floa
     return f'<div style="font-family:monospace;line-height:1.9;color:inherit">{html.escape(label)} {spans}</div>'
 
 
-def group_table(rollouts: list, tokenizer) -> HTML:
-    """The completions of one prompt: reward, advantage, length, tokens coloured by advantage."""
-    largest = max((abs(r.advantage) for r in rollouts), default=0.0)
-    rows = "".join(
-        f"<tr><td>{r.reward:.2f}</td><td>{r.advantage:+.2f}</td><td>{r.length}</td><td style='text-align:left'>"
-        + strip(tokenizer.convert_ids_to_tokens(r.completion_ids), [r.advantage] * r.length, "", largest)
-        + "</td></tr>"
-        for r in rollouts
-    )
+def group_table(group: list, tokenizer) -> HTML:
+    """The completions of one prompt, `Rollout`s or rows of rollouts.jsonl: tokens coloured by advantage."""
+    group = [r if isinstance(r, dict) else vars(r) | {"completion": r.text, "length": r.length} for r in group]
+    largest = max(abs(r["advantage"]) for r in group)
+    rows = ""
+    for r in group:
+        tokens = tokenizer.tokenize(r["completion"]) + [tokenizer.eos_token] * (not r["truncated"])
+        rows += f"<tr><td>{r['reward']:.2f}</td><td>{r['advantage']:+.2f}</td><td>{r['length']}</td>"
+        rows += f"<td style='text-align:left'>{strip(tokens, [r['advantage']] * len(tokens), '', largest)}</td></tr>"
     head = "<tr><th>reward</th><th>A</th><th>length</th><th style='text-align:left'>completion</th></tr>"
-    return HTML(f"<p><code>{html.escape(rollouts[0].prompt)}</code></p><table>{head}{rows}</table>")
+    return HTML(f"<p><code>{html.escape(group[0]['prompt'])}</code></p><table>{head}{rows}</table>")
 
 
-def curves(runs: dict[str, list[list[dict]]], keys: list[str]):
-    """One panel a metric, one colour an arm, one thin line a seed; `runs` is {arm: [rows of a seed, ...]}."""
-    figure, axes = plt.subplots(1, len(keys), figsize=(3.4 * len(keys), 2.8), layout="constrained", squeeze=False)
-    for axis, key in zip(axes[0], keys, strict=True):
-        for i, (arm, seeds) in enumerate(runs.items()):
-            for j, rows in enumerate(seeds):
-                points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-                style = dict(color=f"C{i}", linestyle=("-", "--", ":", "-.")[i % 4], linewidth=1)
-                axis.plot(*zip(*points, strict=True), label=arm if j == 0 else None, **style)
+def curves(runs: dict[str, list[list[dict]]], keys: list[str], yours: dict[str, list[dict]] | None = None):
+    """One panel a metric, one colour an arm, one thin line a seed; `runs` is {arm: [rows of a seed, ...]}.
+
+    `yours`, {name: rows}, are thick: what was run just now, beside what is recorded.
+    """
+    columns = min(3, len(keys))
+    shape = (-(-len(keys) // columns), columns)
+    figure, axes = plt.subplots(*shape, figsize=(3.6 * columns, 2.7 * shape[0]), layout="constrained", squeeze=False)
+    lines = [(arm, rows, 1.0) for arm, seeds in runs.items() for rows in seeds]
+    lines += [(name, rows, 2.6) for name, rows in (yours or {}).items()]
+    names = list(dict.fromkeys(name for name, _, _ in lines))
+    for axis, key in zip(axes.flat, keys, strict=False):
+        for name, rows, width in lines:
+            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+            i = names.index(name)
+            style = dict(color=f"C{i}", linestyle=("-", "--", ":", "-.")[i % 4], linewidth=width)
+            label = name if name not in [line.get_label() for line in axis.lines] else None
+            axis.plot([p[0] for p in points], [p[1] for p in points], label=label, **style)
         axis.set(title=key, xlabel="step")
         axis.grid(alpha=0.25)
-    axes[0][0].legend(fontsize=8)
+    for axis in axes.flat[len(keys) :]:
+        axis.remove()
+    axes.flat[0].legend(fontsize=8)
     return figure

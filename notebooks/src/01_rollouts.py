@@ -1,4 +1,3 @@
-# ruff: noqa: E402, E501
 # %% [markdown]
 # # 1. Rollouts, masks, verifiers
 # What a model writes, which tokens count, and what an answer is paid. About 30 minutes. CPU only.
@@ -34,10 +33,11 @@ from settings import PRESET, parse_config
 # ## Which tokens are the completion's
 # Completions of a batch differ in length. The end-of-sequence token is an action too: it is trained.
 #
-# <details><summary>Hint 1, a question</summary>For a row of length 3, at which positions 0, 1, 2, 3, ... is the mask True?
-# <details><summary>Hint 2, the formula</summary>positions [T] against lengths [B, 1] gives [B, T].
-# <details><summary>Hint 3, a line with a hole</summary><code>torch.arange(int(lengths.max())) < ____</code>
-# </details></details></details>
+# Hint 1, a question: For a row of length 3, at which positions 0, 1, 2, 3, ... is the mask True?
+#
+# Hint 2, the formula: positions [T] against lengths [B, 1] gives [B, T].
+#
+# Hint 3, a line with a hole: `torch.arange(int(lengths.max())) < ____`
 # %%
 def completion_mask(lengths):
     """[B] completion lengths to a mask [B, T] that is True on real tokens, the end-of-sequence token among them."""
@@ -46,10 +46,12 @@ def completion_mask(lengths):
 completion_mask = check(completion_mask)
 # %% [markdown]
 # ## What an answer is paid
-# <details><summary>Hint 1, a question</summary>Is `123` right where 12 is?
-# <details><summary>Hint 2, the formula</summary>The whole text has to match: perhaps a scratchpad, then the answer.
-# <details><summary>Hint 3, a line with a hole</summary><code>re.____(r"(<scratchpad>[^<]*)?<answer>(-?[0-9]+)", text)</code>
-# </details></details></details>
+#
+# Hint 1, a question: Is `123` right where 12 is?
+#
+# Hint 2, the formula: The whole text has to match: perhaps a scratchpad, then the answer.
+#
+# Hint 3, a line with a hole: `re.____(r"(<scratchpad>[^<]*)?<answer>(-?[0-9]+)", text)`
 # %%
 def reward(text, value):
     """1.0 if `text` is `<answer>N`, with or without `<scratchpad>...` before it, and N is `value`; else 0.0."""
@@ -58,10 +60,12 @@ def reward(text, value):
 reward = check(reward)
 # %% [markdown]
 # ## pass@k from n samples
-# <details><summary>Hint 1, a question</summary>In how many ways can you choose k of the n samples, and all of them wrong?
-# <details><summary>Hint 2, the formula</summary>1 - C(n - c, k) / C(n, k)
-# <details><summary>Hint 3, a line with a hole</summary><code>1 - math.comb(____, k) / math.comb(n, k)</code>
-# </details></details></details>
+#
+# Hint 1, a question: In how many ways can you choose k of the n samples, and all of them wrong?
+#
+# Hint 2, the formula: 1 - C(n - c, k) / C(n, k)
+#
+# Hint 3, a line with a hole: `1 - math.comb(____, k) / math.comb(n, k)`
 # %%
 def pass_at_k(n, c, k):
     """Probability that k of n samples, of which c are right, hold a right one."""
@@ -100,3 +104,6 @@ axis.bar(range(9), [right.count(c) for c in range(9)], color="0.5")
 axis.set(xlabel="right answers of 8", ylabel="problems", xticks=range(9))
 plt.show()
 compare(**{f"pass_at_{k}": sum(pass_at_k(8, c, k) for c in right) / 100 for k in (1, 8)})
+# %% [markdown]
+# Training draws problems with repetition, and short ones come up often. The evaluation takes each problem once, so the
+# same model has a third right there, and `grpo.py --steps 0` says 33 %. A number is comparable only with its problems.

@@ -1,7 +1,7 @@
-# ruff: noqa: E402, E501
 # %% [markdown]
 # # 2. From REINFORCE to a group baseline
-# Log-probs of tokens, a loss whose gradient is the policy gradient, and the group's mean as a baseline. About 45 minutes.
+# Log-probs of tokens, a loss whose gradient is the policy gradient, and the group's mean as a baseline. About 45
+# minutes.
 # %%
 import os
 import sys
@@ -26,11 +26,12 @@ import grpo
 
 # %% [markdown]
 # ## Log-probs of the tokens that were sampled
-# <details><summary>Hint 1, a question</summary>Over which dimension do the probabilities add up to 1?
-# <details><summary>Hint 2, the formula</summary>log_softmax of [B, T, V] over V, then from each position the one entry
-# that `ids` [B, T] names.
-# <details><summary>Hint 3, a line with a hole</summary><code>logits.log_softmax(-1).gather(-1, ____)[..., 0]</code>
-# </details></details></details>
+#
+# Hint 1, a question: Over which dimension do the probabilities add up to 1?
+#
+# Hint 2, the formula: log_softmax of [B, T, V] over V, then from each position the one entry that `ids` [B, T] names.
+#
+# Hint 3, a line with a hole: `logits.log_softmax(-1).gather(-1, ____)[..., 0]`
 # %%
 def token_logps(logits, ids):
     """Log-probs [B, T] of the tokens `ids` [B, T] under next-token logits [B, T, V]."""
@@ -39,11 +40,13 @@ def token_logps(logits, ids):
 token_logps = check(token_logps)
 # %% [markdown]
 # ## The policy gradient as a loss
-# <details><summary>Hint 1, a question</summary>An optimizer goes downhill. Which sign makes good tokens likelier?
-# <details><summary>Hint 2, the formula</summary>logps [B, T], advantages [B, 1], mask [B, T]: minus the sum of A logp
-# over the real tokens, over their number.
-# <details><summary>Hint 3, a line with a hole</summary><code>-(advantages * logps)[mask].sum() / ____</code>
-# </details></details></details>
+#
+# Hint 1, a question: An optimizer goes downhill. Which sign makes good tokens likelier?
+#
+# Hint 2, the formula: logps [B, T], advantages [B, 1], mask [B, T]: minus the sum of A logp over the real tokens, over
+# their number.
+#
+# Hint 3, a line with a hole: `-(advantages * logps)[mask].sum() / ____`
 # %%
 def policy_gradient_loss(logps, advantages, mask):
     """REINFORCE as a loss to minimise, a scalar: minus the mean over real tokens of advantage times log-prob."""
@@ -52,10 +55,13 @@ def policy_gradient_loss(logps, advantages, mask):
 policy_gradient_loss = check(policy_gradient_loss)
 # %% [markdown]
 # ## The group is its own baseline
-# <details><summary>Hint 1, a question</summary>What should a group teach in which every answer got the same reward?
-# <details><summary>Hint 2, the formula</summary>rewards [P, G]; (r - mean) / (std + eps), mean and std [P, 1], the std with
-# G - 1; exactly 0 where all rewards of a group are equal.
-# <details><summary>Hint 3, a line with a hole</summary><code>rewards.mean(____, keepdim=True)</code></details></details></details>
+#
+# Hint 1, a question: What should a group teach in which every answer got the same reward?
+#
+# Hint 2, the formula: rewards [P, G]; (r - mean) / (std + eps), mean and std [P, 1], the std with G - 1; exactly 0
+# where all rewards of a group are equal.
+#
+# Hint 3, a line with a hole: `rewards.mean(____, keepdim=True)`
 # %%
 def group_advantages(rewards, kind="grpo", eps=1e-4):
     """Advantages [P, G] from rewards [P, G]; only kind "grpo" is asked for here. A dead group gets 0."""
@@ -64,8 +70,8 @@ def group_advantages(rewards, kind="grpo", eps=1e-4):
 group_advantages = check(group_advantages)
 # %% [markdown]
 # ## Exact and sampled gradients
-# Ten possible one-token answers, three of them right: few enough to compute the exact gradient. Predict: with a baseline,
-# by what factor does the noise of a gradient from 8 samples shrink? (1: not at all)
+# Ten possible one-token answers, three of them right: few enough to compute the exact gradient. Predict: with a
+# baseline, by what factor does the noise of a gradient from 8 samples shrink? (1: not at all)
 # %%
 predict(noise_ratio=1.0)
 # %%
@@ -107,5 +113,6 @@ print(f"loss {loss.mean().item():+.4f}, gradient {torch.autograd.grad(loss.mean(
 print("largest change for rewards 10 r + 3:", f"{(group_advantages(10 * rewards + 3) - A).abs().max().item():.1e}")
 # %% [markdown]
 # Explain: why is the loss 0 and the gradient not?
-# <details><summary>Answer</summary>The ratio is 1, so the loss is minus the mean advantage, and advantages of a group add up
-# to 0. The gradient weighs each answer's own log-prob by its advantage, and these do not cancel.</details>
+#
+# Answer: The ratio is 1, so the loss is minus the mean advantage, and advantages of a group add up to 0. The gradient
+# weighs each answer's own log-prob by its advantage, and these do not cancel.

@@ -1,8 +1,7 @@
-# ruff: noqa: E402, E501
 # %% [markdown]
 # # 3. The GRPO loss, term by term
-# Three functions of `grpo.py`: the clipped surrogate, the KL estimates, the weights of tokens. About 45 minutes.
-# An exercise that you leave open is done by the library, so that every cell below it runs.
+# Three functions of `grpo.py`: the clipped surrogate, the KL estimates, the weights of tokens. About 45 minutes. An
+# exercise that you leave open is done by the library, so that every cell below it runs.
 # %%
 import math
 import os
@@ -28,15 +27,16 @@ import grpo
 
 # %% [markdown]
 # ## The clipped loss
-# With r = exp(logp - old_logp), the loss of a token is -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A).
-# Think before you write: a token has A < 0 and has become *likelier* since it was sampled. Should the clip stop us from
-# pushing it down?
+# With r = exp(logp - old_logp), the loss of a token is -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A). Think before
+# you write: a token has A < 0 and has become *likelier* since it was sampled. Should the clip stop us from pushing it
+# down?
 #
-# <details><summary>Hint 1, a question</summary>For A > 0, which of the two terms is smaller when r is 1.5? And for A < 0?
-# <details><summary>Hint 2, the formula</summary>r is [B, T], A is [B, 1]; both terms are [B, T]; masked tokens get 0.
-# `clipped` is 1 where r is above the range and A > 0, -1 where r is below it and A < 0, else 0.
-# <details><summary>Hint 3, a line with a hole</summary><code>loss = -torch.____(r * advantages, r.clamp(1 - clip_low,
-# 1 + clip_high) * advantages)</code></details></details></details>
+# Hint 1, a question: For A > 0, which of the two terms is smaller when r is 1.5? And for A < 0?
+#
+# Hint 2, the formula: r is [B, T], A is [B, 1]; both terms are [B, T]; masked tokens get 0. `clipped` is 1 where r is
+# above the range and A > 0, -1 where r is below it and A < 0, else 0.
+#
+# Hint 3, a line with a hole: `loss = -torch.____(r * advantages, r.clamp(1 - clip_low, 1 + clip_high) * advantages)`
 # %%
 def policy_loss(logps, old_logps, advantages, clip_low=0.2, clip_high=0.2, mask=None, ratio="token", kind="clip"):
     """Loss [B, T] of each token, 0 outside the mask, and what was clipped [B, T]: 1 above, -1 below, 0 elsewhere.
@@ -74,15 +74,18 @@ def slope_at(r, A):
 compare(gradient_good=slope_at(1.5, 1.0), gradient_bad=slope_at(1.5, -1.0))
 # %% [markdown]
 # Explain: why is the clip only on one side for each sign of A?
-# <details><summary>Answer</summary>A good token that is already 1.2 times as likely has had its push from this batch.
-# A bad one that has become likelier is a step in the wrong direction, and its gradient must stay to undo it.</details>
+#
+# Answer: A good token that is already 1.2 times as likely has had its push from this batch. A bad one that has become
+# likelier is a step in the wrong direction, and its gradient must stay to undo it.
 # %% [markdown]
 # ## The KL estimates
 # From one sampled token, with d = logp - ref_logp: k1 = d, k2 = d²/2, k3 = exp(-d) - 1 + d.
 #
-# <details><summary>Hint 1, a question</summary>Which of the three can be negative?
-# <details><summary>Hint 2, the formula</summary>All tensors are [B, T]. `torch.expm1(x)` is exp(x) - 1 without rounding.
-# <details><summary>Hint 3, a line with a hole</summary><code>return torch.expm1(____) + d</code></details></details></details>
+# Hint 1, a question: Which of the three can be negative?
+#
+# Hint 2, the formula: All tensors are [B, T]. `torch.expm1(x)` is exp(x) - 1 without rounding.
+#
+# Hint 3, a line with a hole: `return torch.expm1(____) + d`
 # %%
 def kl_estimate(logps, ref_logps, kind="k3"):
     """Estimates KL(policy || reference) at each token: k1, k2 or k3, of the shape of `logps`."""
@@ -104,13 +107,15 @@ for kind in ("k1", "k2", "k3"):
 compare(share_of_negative_k1=(kl_estimate(policy[drawn], reference[drawn], "k1") < 0).double().mean().item())
 # %% [markdown]
 # ## The weights of tokens
-# The loss is the sum over rows of w_i times the sum of the row's token losses. Three papers, three weights:
-# `token` 1 / all tokens, `sequence` 1 / (rows × length of the row), `constant` 1 / (rows × max_tokens).
+# The loss is the sum over rows of w_i times the sum of the row's token losses. Three papers, three weights: `token` 1 /
+# all tokens, `sequence` 1 / (rows × length of the row), `constant` 1 / (rows × max_tokens).
 #
-# <details><summary>Hint 1, a question</summary>Under which of them does a token of a long answer count less?
-# <details><summary>Hint 2, the formula</summary>`lengths` is [B], the result [B]. The totals are those given, else those of
-# `lengths`. A row of length 0 gets 0, not infinity.
-# <details><summary>Hint 3, a line with a hole</summary><code>"sequence": 1 / (rows * ____)</code></details></details></details>
+# Hint 1, a question: Under which of them does a token of a long answer count less?
+#
+# Hint 2, the formula: `lengths` is [B], the result [B]. The totals are those given, else those of `lengths`. A row of
+# length 0 gets 0, not infinity.
+#
+# Hint 3, a line with a hole: `"sequence": 1 / (rows * ____)`
 # %%
 def token_weights(lengths, kind="token", max_tokens=0, total_tokens=None, total_rows=None):
     """The weight [B] of each token of a row: kind token, sequence or constant. A row of length 0 gets weight 0."""
@@ -129,5 +134,5 @@ figure.colorbar(image, ax=axes, label="weight")
 plt.show()
 # %% [markdown]
 # Explain: with `sequence` weights, which wrong answer is punished less for each token?
-# <details><summary>Answer</summary>The long one: its advantage is spread over more tokens. `token` and `constant` do not
-# have this.</details>
+#
+# Answer: The long one: its advantage is spread over more tokens. `token` and `constant` do not have this.

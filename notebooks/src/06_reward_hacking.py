@@ -1,0 +1,125 @@
+# %% [markdown]
+# # 6. Reward hacking
+# A verifier that is a little too generous, a policy that finds out, and you repair the verifier. About 30 minutes, two
+# training runs.
+# %%
+import os
+import sys
+import warnings
+from pathlib import Path
+
+warnings.filterwarnings("ignore", message="IProgress")  # a progress bar of tqdm that we do not use
+
+REPOSITORY = ""  # in Colab: the address of the repository
+if REPOSITORY and not Path("grpo").exists() and not any((p / "grpo.py").exists() for p in Path.cwd().parents):
+    os.system(f"git clone -q {REPOSITORY} grpo && pip install -q -r grpo/requirements.txt")
+ROOT = next(p for p in (Path.cwd(), *Path.cwd().parents, Path("grpo").resolve()) if (p / "grpo.py").exists())
+sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "notebooks")) if p not in sys.path]
+
+import inspect
+
+import viz
+from IPython.display import clear_output, display
+from workshop import check, compare, predict
+
+# %%
+import experiments
+import loading
+from exercises import EXPLOITS, PROBLEM
+from experiments import recorded
+from mathformer import ArithmeticTask
+from settings import PRESET, parse_config
+
+SEED = 0  # take another seed than your neighbour
+# %% [markdown]
+# ## A generous verifier
+# "Showing work is good, so each true equation is paid, and the answer may stand anywhere." It sounds helpful.
+# %%
+print(inspect.getsource(experiments.Generous))
+# %% [markdown]
+# Three leaks at least. Predict, after 60 steps: the reward it measures (0.6 at the start), and the share of answers
+# that are right (0.48 at the start).
+# %%
+predict(reward=1.0, correct=0.5)
+# %%
+hacked, evaluations, rollouts = experiments.run(SEED, **experiments.ARMS["generous"])
+clear_output()
+compare(**{key: sum(row[key] for row in hacked[-5:]) / 5 for key in ("reward", "correct")})
+generous = {"generous": [one["rows"] for one in recorded("generous")]}  # three seeds, recorded
+yours = {"yours": experiments.means_of_five(hacked)}
+figure = viz.curves(generous, ["reward", "correct", "length"], yours)
+# %% [markdown]
+# The reward rises all the way. If you log the reward alone, this is your best run. Now read what it wrote:
+# %%
+_, tokenizer = loading.load_model(parse_config(["--config", str(PRESET)]).model)
+display(viz.group_table(rollouts[:4], tokenizer))
+# %% [markdown]
+# ## Repair it
+# Keep the good idea, pay for steps, and close the leaks. `value` is 14 and `steps` are `["3*4=12", "12+2=14"]` for the
+# problem `(3*4)+2`. A right answer is 1; else up to 0.5, in proportion to the steps of *this problem* that are there; 0
+# for any text that is not as a whole `<answer>N` or `<scratchpad>STEP;STEP<answer>N`.
+#
+# Hint 1, a question: Which texts have to be 0 whatever they contain?
+#
+# Hint 2, the formula: 1 if N is value, else 0.5 · |{steps that are shown}| / |steps|. Going over `steps`, and not over
+# what the text shows, counts each once.
+#
+# Hint 3, a line with a hole: `match = COMPLETION.____(text)`; then `match["answer"]`, and `match["steps"]`, which is
+# None where there is no scratchpad.
+# %%
+from mathformer.task import COMPLETION  # noqa: F401  a pattern: (<scratchpad>steps)?<answer>answer
+# %%
+def repaired_reward(text, value, steps):
+    """1.0 for the right answer, else up to 0.5 for the share of `steps`, such as "3*4=12", that the text shows.
+
+    0.0 for any text that is not `<answer>N` or `<scratchpad>STEP;STEP;...<answer>N` as a whole.
+    """
+    raise NotImplementedError
+# %%
+repaired_reward = check(repaired_reward)
+# %% [markdown]
+# ## The exploits, before and after
+# One of them is worth 0.25, honestly: it shows one of the two steps.
+# %%
+value, steps = PROBLEM
+leaky, problem = experiments.Generous(), {"value": value, "steps": [], "endian": "<big>"}
+print("generous  yours")
+for what, (text, _) in EXPLOITS.items():
+    before, after = leaky.reward(text, problem)["reward"], repaired_reward(text, value, steps)
+    print(f"{before:8.2f} {after:6.2f}  {what}: {text[:48]}")
+# %% [markdown]
+# ## Train with your verifier
+# The same settings, seed and number of steps. Predict the reward, and the share of right answers.
+# %%
+predict(repaired_reward=0.5, repaired_correct=0.5)
+# %%
+class Repaired(ArithmeticTask):
+    def reward(self, text, example):
+        steps = [f"{left}={right}" for left, right in example["steps"]]
+        return super().reward(text, example) | {"reward": repaired_reward(text, example["value"], steps)}
+
+
+repaired, _, _ = experiments.run(SEED, task=f"{__name__}:Repaired", lr=1e-3)
+clear_output()
+compare(**{f"repaired_{key}": sum(row[key] for row in repaired[-5:]) / 5 for key in ("reward", "correct")})
+# %%
+arms = {arm: [one["rows"] for one in recorded(arm)] for arm in ("generous", "repaired")}
+figure = viz.curves(arms, ["reward", "correct", "length"], {"yours": experiments.means_of_five(repaired)})
+# %% [markdown]
+# ## A leak that nobody found
+# Paying 1 wherever the right number occurs, and nothing for equations, is a leak too: a list of all numbers would
+# always be paid. Recorded, with the settings of notebook 4:
+# %%
+anywhere = {arm: [one["rows"] for one in recorded(arm)] for arm in ("base", "anywhere")}
+figure = viz.curves(anywhere, ["reward", "correct", "length"])
+# %% [markdown]
+# Explain: why was this one not exploited?
+#
+# Answer: The policy only finds what it already writes now and then. Honest work was one step away and paid as well; a
+# list of numbers was never sampled. That is luck, not safety: a weaker base, more steps or a higher temperature may
+# find it.
+#
+# Explain: what would have told you during the run?
+#
+# Answer: Reading rollouts; a length that runs to the cap; and a strict measure that is not trained on (`correct` here,
+# which `grpo.py` logs beside the reward).
