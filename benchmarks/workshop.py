@@ -31,7 +31,7 @@ COLUMNS = {  # heading: where it is, in a row of eval.jsonl; all but the length 
 def measure(arm: str, seed: int, steps: int | None) -> dict:
     torch.set_num_threads(1)
     settings = experiments.ARMS[arm] | ({} if steps is None else {"steps": steps})
-    metrics, evaluations, _ = experiments.run(seed, **settings)
+    metrics, evaluations, _ = experiments.run(seed, 200, **settings)
     rows = experiments.means_of_five(metrics)
     return dict(arm=arm, seed=seed, rows=rows, first=evaluations[0], last=evaluations[-1])
 

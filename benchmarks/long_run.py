@@ -1,0 +1,52 @@
+"""The log that notebook 7 reads: 1,000 steps on problems that are harder than the base was trained for.
+
+    python benchmarks/long_run.py             runs, some 15 minutes, and keeps an extract of the run's folder
+    python benchmarks/long_run.py FOLDER      keeps an extract of a run that is there
+
+The extract, in results/long_run/: config.yaml, eval.jsonl, every tenth row of metrics.jsonl, and two groups of every
+250th step, one of mixed rewards and the first one.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from arithmetic_seeds import ROOT
+
+SETTINGS = ["--steps", "1000", "--task_args.max_depth", "6", "--max_prompt_tokens", "64"]
+SETTINGS += ["--max_completion_tokens", "128", "--eval_steps", "100", "--save_steps", "250"]
+
+
+def extract(run: Path, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("config.yaml", "eval.jsonl"):
+        shutil.copy(run / name, out / name)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (out / "metrics.jsonl").write_text("\n".join([lines[0], *lines[9::10]]) + "\n")
+    steps: dict[int, list[dict]] = {}
+    with open(run / "rollouts.jsonl") as file:
+        for row in map(json.loads, file):
+            if row["step"] == 1 or row["step"] % 250 == 0:
+                steps.setdefault(row["step"], []).append(row)
+    kept = []
+    for rows in steps.values():
+        groups = [rows[i : i + 8] for i in range(0, len(rows), 8)]
+        mixed = next((group for group in groups if len({row["reward"] for row in group}) > 1), groups[-1])
+        kept += groups[0] + (mixed if mixed is not groups[0] else [])
+    (out / "rollouts.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as runs:
+        if not sys.argv[1:]:
+            command = [sys.executable, "grpo.py", "--config", "configs/arithmetic.yaml", *SETTINGS, "--runs", runs]
+            subprocess.run(command, cwd=ROOT, check=True)
+        run = Path(sys.argv[1]) if sys.argv[1:] else next(Path(runs).iterdir())
+        extract(run, ROOT / "benchmarks" / "results" / "long_run")
+
+
+if __name__ == "__main__":
+    main()
