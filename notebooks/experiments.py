@@ -34,7 +34,7 @@ class Wrapped(ArithmeticTask):
 
 
 class Generous(ArithmeticTask):
-    """Pays 1 if the right number occurs anywhere, and 1 for each true equation. `correct` is the strict verdict."""
+    """Pays 1 if the right number occurs anywhere, and 1 for each true equation. `correct` stays strict."""
 
     def reward(self, text, example):
         equations = re.findall(r"[^;<>]+=[^;<>]+", text)
@@ -75,11 +75,14 @@ ARMS = {
 }
 
 
-def run(seed: int = 0, **settings) -> tuple[list[dict], list[dict], list[dict]]:
-    """Trains with these settings: the rows of metrics.jsonl, of eval.jsonl, and the last step's of rollouts.jsonl."""
+def run(seed: int = 0, eval_size: int = 20, **settings) -> tuple[list[dict], list[dict], list[dict]]:
+    """Trains with these settings: the rows of metrics.jsonl, of eval.jsonl, and the last step's of rollouts.jsonl.
+
+    `eval_size` is the number of evaluation problems, few as a rule, since they take longer than many a step.
+    """
     with TemporaryDirectory() as runs:
         chosen = dict(prompts_per_step=16, steps=60, eval_steps=0, print_steps=0, device="cpu") | settings
-        chosen |= {"task_args.eval_size": 200, "seed": seed, "runs": runs}
+        chosen |= {"task_args.eval_size": eval_size, "seed": seed, "runs": runs}
         config = parse_config(["--config", str(PRESET), *(f"--{name}={value}" for name, value in chosen.items())])
         with redirect_stdout(io.StringIO()):  # the bar, on stderr, stays
             folder = RunFolder(grpo.train(config)["run"])

@@ -59,5 +59,5 @@ def curves(runs: dict[str, list[list[dict]]], keys: list[str], yours: dict[str, 
         axis.grid(alpha=0.25)
     for axis in axes.flat[len(keys) :]:
         axis.remove()
-    axes.flat[0].legend(fontsize=8)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return figure

@@ -10,12 +10,14 @@ from pathlib import Path
 warnings.filterwarnings("ignore", message="IProgress")  # a progress bar of tqdm that we do not use
 
 REPOSITORY = ""  # in Colab: the address of the repository
-if REPOSITORY and not Path("grpo").exists() and not any((p / "grpo.py").exists() for p in Path.cwd().parents):
+here = [Path.cwd(), *Path.cwd().parents, Path("grpo").resolve()]
+if REPOSITORY and not any((p / "grpo.py").exists() for p in here):
     os.system(f"git clone -q {REPOSITORY} grpo && pip install -q -r grpo/requirements.txt")
-ROOT = next(p for p in (Path.cwd(), *Path.cwd().parents, Path("grpo").resolve()) if (p / "grpo.py").exists())
+ROOT = next(p for p in here if (p / "grpo.py").exists())
 sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "notebooks")) if p not in sys.path]
 
-import math  # noqa: F401  (for your answer)
+import math
+import re
 
 import torch
 import viz
@@ -88,13 +90,16 @@ first = next(i for i, r in enumerate(rollouts) if not r.dead) // 8 * 8
 group = rollouts[first : first + 8]
 display(viz.group_table(group, tokenizer))
 # %% [markdown]
-# The same rows as tensors. Green: trained. White: the prompt, or padding.
+# The same rows as tensors. Green: trained. White: the prompt, or padding (·).
 # %%
 ids = grpo.pad([r.prompt_ids + r.completion_ids for r in group], "cpu")
 mask = completion_mask(torch.tensor([r.length for r in group]))
 padding = torch.zeros(8, len(group[0].prompt_ids))
 values = torch.cat([padding, mask.float()], 1).tolist()
-rows = [viz.strip(tokenizer.convert_ids_to_tokens(row), v) for row, v in zip(ids.tolist(), values, strict=True)]
+rows = []
+for r, row, weights in zip(group, ids.tolist(), values, strict=True):
+    tokens = tokenizer.convert_ids_to_tokens(row)[: r.row_tokens]
+    rows.append(viz.strip(tokens + ["·"] * (len(row) - r.row_tokens), weights))
 display(HTML("".join(rows)))
 # %%
 problems = [rollouts[i : i + 8] for i in range(0, 800, 8)]

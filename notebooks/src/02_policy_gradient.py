@@ -11,9 +11,10 @@ from pathlib import Path
 warnings.filterwarnings("ignore", message="IProgress")  # a progress bar of tqdm that we do not use
 
 REPOSITORY = ""  # in Colab: the address of the repository
-if REPOSITORY and not Path("grpo").exists() and not any((p / "grpo.py").exists() for p in Path.cwd().parents):
+here = [Path.cwd(), *Path.cwd().parents, Path("grpo").resolve()]
+if REPOSITORY and not any((p / "grpo.py").exists() for p in here):
     os.system(f"git clone -q {REPOSITORY} grpo && pip install -q -r grpo/requirements.txt")
-ROOT = next(p for p in (Path.cwd(), *Path.cwd().parents, Path("grpo").resolve()) if (p / "grpo.py").exists())
+ROOT = next(p for p in here if (p / "grpo.py").exists())
 sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "notebooks")) if p not in sys.path]
 
 import torch

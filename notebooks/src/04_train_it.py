@@ -11,9 +11,10 @@ from pathlib import Path
 warnings.filterwarnings("ignore", message="IProgress")  # a progress bar of tqdm that we do not use
 
 REPOSITORY = ""  # in Colab: the address of the repository
-if REPOSITORY and not Path("grpo").exists() and not any((p / "grpo.py").exists() for p in Path.cwd().parents):
+here = [Path.cwd(), *Path.cwd().parents, Path("grpo").resolve()]
+if REPOSITORY and not any((p / "grpo.py").exists() for p in here):
     os.system(f"git clone -q {REPOSITORY} grpo && pip install -q -r grpo/requirements.txt")
-ROOT = next(p for p in (Path.cwd(), *Path.cwd().parents, Path("grpo").resolve()) if (p / "grpo.py").exists())
+ROOT = next(p for p in here if (p / "grpo.py").exists())
 sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "notebooks")) if p not in sys.path]
 
 import random
@@ -110,7 +111,7 @@ for rollouts in (before, after):
 # ## The same run with `grpo.py`
 # `grpo.train` with the same settings and seed. It also evaluates, logs and saves; the training is the same.
 # %%
-library, evaluations, _ = experiments.run(SEED, steps=STEPS)
+library, evaluations, _ = experiments.run(SEED, eval_size=200, steps=STEPS)
 clear_output()
 for key in ("reward", "length", "loss", "grad_norm"):
     print(f"{key}: largest difference {max(abs(a[key] - b[key]) for a, b in zip(mine, library, strict=True)):.1e}")

@@ -11,9 +11,10 @@ from pathlib import Path
 warnings.filterwarnings("ignore", message="IProgress")  # a progress bar of tqdm that we do not use
 
 REPOSITORY = ""  # in Colab: the address of the repository
-if REPOSITORY and not Path("grpo").exists() and not any((p / "grpo.py").exists() for p in Path.cwd().parents):
+here = [Path.cwd(), *Path.cwd().parents, Path("grpo").resolve()]
+if REPOSITORY and not any((p / "grpo.py").exists() for p in here):
     os.system(f"git clone -q {REPOSITORY} grpo && pip install -q -r grpo/requirements.txt")
-ROOT = next(p for p in (Path.cwd(), *Path.cwd().parents, Path("grpo").resolve()) if (p / "grpo.py").exists())
+ROOT = next(p for p in here if (p / "grpo.py").exists())
 sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "notebooks")) if p not in sys.path]
 
 import inspect
@@ -28,6 +29,7 @@ import loading
 from exercises import EXPLOITS, PROBLEM
 from experiments import recorded
 from mathformer import ArithmeticTask
+from mathformer.task import COMPLETION  # the pattern (<scratchpad>steps)?<answer>answer, for your answer
 from settings import PRESET, parse_config
 
 SEED = 0  # take another seed than your neighbour
@@ -37,12 +39,12 @@ SEED = 0  # take another seed than your neighbour
 # %%
 print(inspect.getsource(experiments.Generous))
 # %% [markdown]
-# Three leaks at least. Predict, after 60 steps: the reward it measures (0.6 at the start), and the share of answers
+# Three leaks at least. Predict, after 50 steps: the reward it measures (0.7 at the start), and the share of answers
 # that are right (0.48 at the start).
 # %%
 predict(reward=1.0, correct=0.5)
 # %%
-hacked, evaluations, rollouts = experiments.run(SEED, **experiments.ARMS["generous"])
+hacked, _, rollouts = experiments.run(SEED, steps=50, **experiments.ARMS["generous"])
 clear_output()
 compare(**{key: sum(row[key] for row in hacked[-5:]) / 5 for key in ("reward", "correct")})
 generous = {"generous": [one["rows"] for one in recorded("generous")]}  # three seeds, recorded
@@ -52,7 +54,9 @@ figure = viz.curves(generous, ["reward", "correct", "length"], yours)
 # The reward rises all the way. If you log the reward alone, this is your best run. Now read what it wrote:
 # %%
 _, tokenizer = loading.load_model(parse_config(["--config", str(PRESET)]).model)
-display(viz.group_table(rollouts[:4], tokenizer))
+groups = [rollouts[i : i + 8] for i in range(0, len(rollouts), 8)]
+best_paid = max(groups, key=lambda group: sum(row["reward"] for row in group))
+display(viz.group_table(best_paid[:4], tokenizer))
 # %% [markdown]
 # ## Repair it
 # Keep the good idea, pay for steps, and close the leaks. `value` is 14 and `steps` are `["3*4=12", "12+2=14"]` for the
@@ -66,8 +70,6 @@ display(viz.group_table(rollouts[:4], tokenizer))
 #
 # Hint 3, a line with a hole: `match = COMPLETION.____(text)`; then `match["answer"]`, and `match["steps"]`, which is
 # None where there is no scratchpad.
-# %%
-from mathformer.task import COMPLETION  # noqa: F401  a pattern: (<scratchpad>steps)?<answer>answer
 # %%
 def repaired_reward(text, value, steps):
     """1.0 for the right answer, else up to 0.5 for the share of `steps`, such as "3*4=12", that the text shows.
@@ -99,7 +101,7 @@ class Repaired(ArithmeticTask):
         return super().reward(text, example) | {"reward": repaired_reward(text, example["value"], steps)}
 
 
-repaired, _, _ = experiments.run(SEED, task=f"{__name__}:Repaired", lr=1e-3)
+repaired, _, _ = experiments.run(SEED, steps=50, task=f"{__name__}:Repaired", lr=1e-3)
 clear_output()
 compare(**{f"repaired_{key}": sum(row[key] for row in repaired[-5:]) / 5 for key in ("reward", "correct")})
 # %%
