@@ -97,13 +97,13 @@ def complaint(function, name: str) -> str:
         if all(same(got[i], run(makes_it, *cases[i][1:])) for i in range(len(cases))):
             return mistake
     what, (outs, grads), (right, right_grads) = cases[wrong[0]][0], got[wrong[0]], keys[wrong[0]]
+    if not all(o.double().isfinite().all() for o in outs):
+        return f"it returned a number that is not finite (on {what})"
     firsts = [outs[0] for outs, _ in got]
     if len(cases) > 1 and is_constant(firsts) and not is_constant([right[0] for right, _ in keys]):
         return f"it returned a constant, whatever the input (on {what})"
     if right_grads is not None and grads is None:
         return f"it returned a detached tensor: no gradient reaches the input (on {what})"
-    if not all(o.double().isfinite().all() for o in outs):
-        return f"it returned a number that is not finite (on {what})"
     error = max(((a.double() - b.double()).abs().max().item() for a, b in zip(outs, right, strict=True)), default=0)
     return f"it differs by up to {error:.3g} (on {what})" if error > 1e-6 else f"the gradient differs (on {what})"
 

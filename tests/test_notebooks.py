@@ -1,4 +1,4 @@
-"""The workshop: notebooks as built, run untouched and solved; each classic mistake and each bad function named."""
+"""The workshop: notebooks as built, run untouched and solved; its claims; each mistake and each bad function named."""
 
 import re
 import sys
@@ -11,67 +11,212 @@ HERE = Path(__file__).resolve().parent.parent / "notebooks"
 sys.path.insert(0, str(HERE))
 
 import build  # noqa: E402
+import experiments  # noqa: E402
 import nbformat  # noqa: E402
 import workshop  # noqa: E402
+from exercises import EXERCISES, EXPLOITS, PROBLEM  # noqa: E402
 
 SOURCES = build.sources()
-MISTAKES = [(name, text) for name, (_, mistakes) in workshop.EXERCISES.items() for text in mistakes]
+MISTAKES = [(name, text) for name, (_, mistakes) in EXERCISES.items() for text in mistakes]
+by_name = dict(ids=lambda path: path.stem)
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_a_rebuild_changes_nothing(source):
-    assert nbformat.writes(build.build(source)).strip() == (HERE / f"{source.stem}.ipynb").read_text().strip()
-    assert len(build.build(source).cells) <= 25
+def exercises_of(notebook) -> list[str]:
+    return [found[1] for c in notebook.cells if c.cell_type == "code" and (found := build.EXERCISE.search(c.source))]
 
 
 def printed(notebook) -> str:
-    return "".join(o.get("text", "") for c in notebook.cells for o in c.get("outputs", []))
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert not [output for output in outputs if output.get("name") == "stderr"], "warnings, or a bar that was left"
+    return "".join(output.get("text", "") for output in outputs)
 
 
-LONG = ("01_rollouts", "04_train_it")
+# ==== What is committed ===============================================================================================
 
 
-@pytest.mark.parametrize(
-    "source",
-    [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in LONG)) for path in SOURCES],
-)
-def test_untouched_and_solved_run_to_the_end(source):
-    notebook = build.build(source)
-    exercises = sum(bool(build.EXERCISE.search(c.source)) for c in notebook.cells if c.cell_type == "code")
-    assert printed(build.execute(notebook)).count("not written yet") == exercises
-    text = printed(build.execute(build.solve(build.build(source))))
-    assert len(re.findall(r": right, values and gradients", text)) == exercises and "not yet" not in text
-    assert "False" not in text
+@pytest.mark.parametrize("source", SOURCES, **by_name)
+def test_a_rebuild_changes_nothing(source):
+    built = build.build(source)
+    assert nbformat.writes(built).strip() == (HERE / f"{source.stem}.ipynb").read_text().strip()
+    assert len(built.cells) <= 25 and len(exercises_of(built)) <= 4
+
+
+@pytest.mark.parametrize("source", SOURCES, **by_name)
+def test_a_solved_notebook_is_that_of_its_source_and_all_is_right_in_it(source):
+    kept = nbformat.read(HERE / "solved" / f"{source.stem}.ipynb", as_version=4)
+    solved = build.solve(build.build(source))
+    assert [(c.id, c.source) for c in kept.cells] == [(c.id, c.source) for c in solved.cells]
+    assert printed(kept).count(": right") == len(exercises_of(build.build(source)))
+    assert "not yet" not in printed(kept) and "Error" not in printed(kept)
+    assert sum("image/png" in str(c.get("outputs")) or "text/html" in str(c.get("outputs")) for c in kept.cells) >= 1
+
+
+def test_hints_and_answers_are_folded_and_escaped():
+    text = "Title\n\nHint 1, a question: a `x < y`?\n\nHint 2, the formula: `<b>`\n\nText\n\nAnswer: Yes."
+    assert build.fold(text) == (
+        "Title\n\n<details><summary>Hint 1, a question</summary>a <code>x &lt; y</code>?\n"
+        "<details><summary>Hint 2, the formula</summary><code>&lt;b&gt;</code></details></details>\n\nText\n\n"
+        "<details><summary>Answer</summary>Yes.</details>"
+    )
+
+
+# ==== Run All, and what the notebooks claim ===========================================================================
+
+
+def measured(text: str) -> dict[str, float]:
+    """What `compare` has printed."""
+    return {name: float(value) for name, value in re.findall(r"^(\w+): .*, measured (\S+)$", text, re.M)}
+
+
+def claims_of_notebook_1(text: str) -> None:
+    assert 0.4 < measured(text)["pass_at_1"] < 0.7 < measured(text)["pass_at_8"]
+
+
+def claims_of_notebook_2(text: str) -> None:
+    assert measured(text)["noise_ratio"] > 1.2
+    assert "loss -0.0000" in text or "loss +0.0000" in text
+
+
+def claims_of_notebook_3(text: str) -> None:
+    found = measured(text)
+    assert found["gradient_good"] == 0 and found["gradient_bad"] == pytest.approx(1.5)
+    assert 0.3 < found["share_of_negative_k1"] < 0.7
+
+
+def claims_of_notebook_4(text: str) -> None:
+    found = measured(text)
+    assert found["reward"] > 0.65 and found["worked"] > 0.5
+    differences = re.findall(r"largest difference (\S+)", text)
+    assert len(differences) == 4 and max(map(float, differences)) < 1e-6, "the learner's run is grpo.py's"
+    before, after = map(float, re.search(r"in no training: (\S+) → (\S+)", text).groups())
+    assert before < 0.45 and after > 0.65
+
+
+def claims_of_notebook_5(text: str) -> None:
+    found = measured(text)
+    assert found["dead_at_2"] > 0.7 > 0.6 > found["dead_at_16"] and found["pass_at_16"] > 0.8
+    assert found["wrong_sequence"] > 25 and max(found["wrong_token"], found["wrong_constant"]) < 18
+
+
+def claims_of_notebook_6(text: str) -> None:
+    found = measured(text)
+    assert found["reward"] > 2.5 and found["correct"] < 0.25
+    assert found["repaired_correct"] > 0.5 and found["repaired_reward"] < 1
+    table = [(float(a), float(b)) for a, b in re.findall(r"^ +(\d+\.\d\d) +(\d\.\d\d)  ", text, re.M)]
+    assert len(table) == len(EXPLOITS) and sum(paid >= 1 for paid, _ in table) == len(table) - 1
+    assert max(paid for _, paid in table) == 0.25
+
+
+def claims_of_notebook_7(text: str) -> None:
+    assert measured(text)["pass_at_1"] < 0.55 and measured(text)["last_step_that_gained"] <= 300
+
+
+@pytest.mark.parametrize("source", SOURCES, **by_name)
+def test_run_all_untouched_and_solved_with_another_seed(source):
+    claims, notebook = globals()[f"claims_of_notebook_{source.name[1]}"], build.build(source)
+    exercises = exercises_of(notebook)
+    text = printed(build.execute(notebook))
+    assert text.count("not written yet") == len(exercises)
+    claims(text)
+    if not exercises:
+        return
+    solved = build.solve(build.build(source))
+    for cell in solved.cells:
+        cell.source = re.sub(r"^((?:STEPS, )?SEED = .*)\b0\b", r"\g<1>1", cell.source, flags=re.M)
+    text = printed(build.execute(solved))
+    assert text.count(": right") == len(exercises) and "not yet" not in text
+    claims(text)
+
+
+def ends(arm: str, seed: int) -> tuple[float, float]:
+    found = next(one for one in experiments.recorded(arm) if one["seed"] == seed)
+    return found["first"]["accuracy_sampled"], found["last"]["accuracy_sampled"]
+
+
+def train(arm: str, seed: int) -> tuple[float, float]:
+    _, evaluations, _ = experiments.run(seed, 200, **experiments.ARMS[arm])
+    return evaluations[0]["accuracy_sampled"], evaluations[-1]["accuracy_sampled"]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("of", [ends, pytest.param(train, marks=pytest.mark.slow)])
+def test_what_notebook_5_says_of_its_arms(of, seed):
+    """Of the record; and, slow, of new runs: accuracies before and after."""
+    base = of("base", seed)
+    assert 0.33 < base[0] < 0.43 and base[1] > 0.72
+    before, after = of("wrapped", seed)
+    assert before < base[0] - 0.1 and after > 0.65, "worse before any training, and repaired by it"
+    assert abs(of("no std", seed)[1] - base[1]) < 0.08, "no difference"
+    for arm in ("G = 2", "G = 4", "G = 16"):
+        assert abs(of(arm, seed)[1] - base[1]) < 0.12, "no difference at one budget"
+    high, held = of("lr 3e-3", seed)[1], of("lr 3e-3, KL 0.1", seed)[1]
+    assert high < 0.35 and held > high + 0.15, "the penalty holds it"
+    assert of("lr 1e-2", seed)[1] < 0.15 and of("lr 1e-2, KL 0.1", seed)[1] < 0.2, "and here it does not"
+    assert abs(of("KL 1", seed)[1] - base[0]) < 0.08, "too strong a penalty"
+    before, after = of("cap 8", seed)
+    assert after < before - 0.03, "worse than untrained"
+    assert of("anywhere", seed)[1] > 0.7, "a leak that nobody found"
+    if of is ends:
+        assert of("weak base", seed)[1] < 0.15
+
+
+# ==== check ===========================================================================================================
 
 
 @pytest.mark.parametrize("name, mistake", MISTAKES)
 def test_a_classic_mistake_is_named(name, mistake):
-    assert workshop.complaint(workshop.EXERCISES[name][1][mistake], name) == mistake
+    assert workshop.complaint(EXERCISES[name][1][mistake], name) == mistake
 
 
-@pytest.mark.parametrize("name", list(workshop.EXERCISES))
+@pytest.mark.parametrize("name", list(EXERCISES))
 def test_the_answers_are_right(name):
     assert workshop.complaint(workshop.answer(name), name) == ""
+    assert len(EXERCISES[name][1]) >= 3
 
 
-def raises(logps, ref, kind="k3"):
-    raise RuntimeError("sizes differ")
+def test_the_exploits_are_paid_by_a_careless_verifier_only():
+    strict = workshop.answer("repaired_reward")
+    assert [strict(text, *PROBLEM) for text, _ in EXPLOITS.values()] == [paid for _, paid in EXPLOITS.values()]
 
 
-@pytest.mark.parametrize(
-    "function, message",
-    [
-        (raises, "raised RuntimeError: sizes differ"),
-        (lambda p, r, kind="k3": (p - r).sum(), r"shape \[\], wanted is \[3, 4\]"),
-        (lambda p, r, kind="k3": (p - r).long(), "dtype torch.int64"),
-        (lambda p, r, kind="k3": torch.zeros_like(p), "a constant"),
-        (lambda p, r, kind="k3": torch.rand(p.shape), "detached"),
-        (lambda p, r, kind="k3": None, "raised"),
-    ],
-)
-def test_bad_functions_are_described(function, message):
-    found = workshop.complaint(function, "kl_estimate")
-    assert re.search(message, found) and "(on k1, random log-probs)" in found
+def changed(name: str, change):
+    """The right function, with its first output changed."""
+
+    def function(*args, **kwargs):
+        out = workshop.answer(name)(*args, **kwargs)
+        return (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(torch.as_tensor(out))
+
+    return function
+
+
+def raising(out):
+    raise RuntimeError("sizes differ\nand more")
+
+
+BAD = {
+    "raises": (raising, r"^it raised RuntimeError: sizes differ \(on "),
+    "none": (lambda out: None, r"^it returned None|^it returned a tuple that is no tensor"),
+    "text": (lambda out: "12", r"^it returned a (str|tuple) that is no tensor"),
+    "shape": (lambda out: torch.stack([out, out]), r"^it returned the shape \[2.*\], wanted is \["),
+    "dtype": (lambda out: torch.ones_like(out, dtype=torch.bool) if out.dtype != torch.bool else out.double(),
+              r"^it returned the dtype torch\.\w+, wanted is torch\."),
+    "constant": (torch.zeros_like, r"^it returned a constant, whatever the input \(on "),
+    "nan": (lambda out: out / 0 if out.is_floating_point() else out.double() / 0, r"not finite|dtype"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", list(BAD))
+@pytest.mark.parametrize("name", list(EXERCISES))
+def test_a_bad_function_is_described(name, bad):
+    change, message = BAD[bad]
+    found = workshop.complaint(changed(name, change), name)
+    assert re.search(message, found) and "(on " in found, found
+
+
+@pytest.mark.parametrize("name", [name for name in EXERCISES if "detached" in str(EXERCISES[name][1])])
+def test_a_detached_tensor_is_described(name):
+    found = workshop.complaint(changed(name, torch.Tensor.detach), name)
+    assert "detached" in found
 
 
 def test_check_goes_on_with_the_library(capsys):
@@ -80,3 +225,9 @@ def test_check_goes_on_with_the_library(capsys):
 
     assert workshop.check(kl_estimate) is workshop.answer("kl_estimate")
     assert "not written yet" in capsys.readouterr().out
+
+
+def test_check_says_when_it_compared_gradients(capsys):
+    workshop.check(workshop.answer("kl_estimate"))
+    workshop.check(workshop.answer("completion_mask"))
+    assert capsys.readouterr().out == "kl_estimate: right, values and gradients\ncompletion_mask: right\n"
