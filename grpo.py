@@ -65,11 +65,10 @@ from settings import Config, Sampling, UsageError, parse_config
 #     reward(text, example) -> dict     "reward" and "correct", "format", "prediction", "ground_truth"; any further
 #                                       number is a part of the task's own and is averaged and logged under its name
 #
-# and, if it likes, two attributes: `prefill`, text put behind each prompt as the beginning of the answer (`text` above
-# is the prefill plus the completion), and `worked_prefix`, which makes the model show its steps in the evaluation.
+# and, if it likes, `prefill`, text behind each prompt that begins the answer (`text` above is prefill plus completion);
+# `worked_prefix`, which makes the model show its steps in the evaluation; `typed(text) -> example`, for play.py.
 
 REWARD_KEYS = ("reward", "correct", "format", "prediction", "ground_truth")
-REFLECTION = re.compile(r"\b(wait|hmm|let me (re)?check|double[- ]check|verify|recheck|try again|re-?evaluate)\b", re.I)
 
 
 # ==== 2. Sampling =====================================================================================================
@@ -506,10 +505,11 @@ def assign_advantages(rollouts: list[Rollout], config: Config) -> None:
         rollout.advantage, rollout.dead = advantages[i], dead[i]
 
 
-def rollout_metrics(rollouts: list[Rollout], group_size: int) -> dict[str, float | None]:
+def rollout_metrics(rollouts: list[Rollout], config: Config) -> dict[str, float | None]:
     """What a step's completions look like, before any update. None where a mean is over nothing."""
-    rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float64).view(-1, group_size)
-    right = torch.tensor([float(r.parts["correct"]) for r in rollouts]).view(-1, group_size)
+    rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float64).view(-1, config.group_size)
+    right = torch.tensor([float(r.parts["correct"]) for r in rollouts]).view(-1, config.group_size)
+    reflection = re.compile(rf"\b({'|'.join(config.reflection_words)})\b", re.IGNORECASE)
     return {
         "reward": average(r.reward for r in rollouts),
         "reward_std": rewards.std(1).mean().item(),
@@ -521,7 +521,7 @@ def rollout_metrics(rollouts: list[Rollout], group_size: int) -> dict[str, float
         "length_correct": average(r.length for r in rollouts if r.parts["correct"]),
         "length_wrong": average(r.length for r in rollouts if not r.parts["correct"]),
         "truncated": average(r.truncated for r in rollouts),
-        "reflections": average(bool(REFLECTION.search(r.text)) for r in rollouts),
+        "reflections": average(bool(reflection.search(r.text)) for r in rollouts),
     }
 
 
@@ -992,7 +992,7 @@ def setup(config: Config):
         reference.to("cpu" if config.offload_reference else accelerator.device)
     folder = folder or RunFolder.create(config)
     state = folder.resume(checkpoint, optimizer)
-    folder.write_config(config)
+    folder.start(config, state["step"])
     run_folder.announce(config, folder.path, model, device, checkpoint)
     return task, accelerator, model, tokenizer, problems, policy, optimizer, sampler, reference, folder, state
 
@@ -1042,7 +1042,7 @@ def train(config: Config) -> dict[str, Any]:
             tokens += step_tokens
             row = {
                 "step": step,
-                **rollout_metrics(rollouts, config.group_size),
+                **rollout_metrics(rollouts, config),
                 **learned,
                 **counts,
                 "tokens": tokens,
@@ -1057,12 +1057,12 @@ def train(config: Config) -> dict[str, Any]:
             bar.set_postfix({key: f"{row[key]:.2f}" for key in ("reward", "length", "zero_advantage_groups")})
             for warning in alarms(row):
                 tqdm.write(f"step {step}: {warning}")
-            if config.print_steps and (step == 1 or step % config.print_steps == 0):
-                run_folder.show_rollouts(step, rollouts)
+            if config.print_groups and (step == 1 or step % config.print_groups == 0):
+                run_folder.show_groups(step, rollouts, config.group_size)
             if step % config.save_steps == 0 or step == config.steps:
                 save_checkpoint()
     bar.close()
-
+    folder.trackers.finish()
     result = dict(first=evaluations[0] if evaluations else None, last=evaluations[-1] if evaluations else None)
     result |= dict(seconds=round(time.time() - started, 1), tokens=tokens, run=folder.path)
     if not evaluations or evaluations[-1]["step"] < config.steps:
@@ -1080,9 +1080,9 @@ def train(config: Config) -> dict[str, Any]:
         weights = token_weights(lengths, config.loss_weight, config.max_completion_tokens, total_rows=rows)
         run_folder.show_group(rollouts, weights.tolist(), tokenizer, config.group_size)
         return result
-    final = folder.save_final(model, tokenizer)
+    final = folder.save_final(model, tokenizer, config, evaluations)
     print(run_folder.evaluation_table([evaluations[0], evaluations[-1]]))
-    print(f"{time.time() - started:.0f} s; model: {final}, curves: {folder.plot()}")
+    print(f"{time.time() - started:.0f} s; model and curves: {final}, all of it: python report.py {folder.path}")
     return result
 
 

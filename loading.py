@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import nn
 
+import trackers
 from run_folder import time_limit
 from settings import HERE, MAX_LOGP_GAP, Config, Sampling, UsageError
 
@@ -147,6 +148,8 @@ def find_eos(model, tokenizer) -> list[int]:
 
 
 def make_accelerator(config: Config) -> Accelerator:
+    """Device and precision; a UsageError if they, or the trackers of `report_to`, are not there."""
+    trackers.chosen(config.report_to)
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not present.get(config.device, True):
         here = ", ".join(device for device in present if present[device])

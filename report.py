@@ -73,9 +73,9 @@ METRICS = {
 OF_SOME_TASKS = {"worked", "reflections"}  # no wonder if they are missing
 
 # Settings that do not change what is learned. Runs that differ in these and in the seed only are one arm.
-NOT_LEARNED = {"seed", "eval_steps", "save_steps", "keep_last", "print_steps", "about", "runs", "resume"}
+NOT_LEARNED = {"seed", "eval_steps", "save_steps", "keep_last", "print_groups", "about", "runs", "resume"}
 NOT_LEARNED |= {"tokens_per_microbatch", "gradient_checkpointing", "offload_reference", "vllm_sleep"}
-NOT_LEARNED |= {"reward_seconds", "kv_cache_gb", "reflection_words"}
+NOT_LEARNED |= {"reward_seconds", "kv_cache_gb", "reflection_words", "report_to", "project", "run_name"}
 NOT_SHOWN = {"runs", "resume", "about"}  # in the table of settings that differ
 
 

@@ -26,7 +26,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from model_card import model_card
 from settings import CHANGEABLE_ON_RESUME, MAX_LOGP_GAP, Config, UsageError
+from trackers import Trackers
 
 
 class RunFolder:
@@ -77,6 +79,11 @@ class RunFolder:
     def write_config(self, config: Config) -> None:
         self.write_whole("config.yaml", yaml.safe_dump(dataclasses.asdict(config) | {"resume": ""}, sort_keys=False))
 
+    def start(self, config: Config, step: int) -> None:
+        """Called once everything is checked and loaded; `step` is the one that the run goes on from."""
+        self.write_config(config)
+        self.trackers = Trackers(config, self.path, step)
+
     def append(self, name: str, rows: list[dict]) -> None:
         with self.writing(name), open(self.path / name, "a") as file:
             file.writelines(as_line(row) for row in rows)
@@ -95,10 +102,13 @@ class RunFolder:
             for r in rollouts
         ]
         self.append("rollouts.jsonl", rows)
+        self.trackers.log(row)
+        self.trackers.log_episodes(rows)
 
     def log_evaluation(self, row: dict, details: list[dict]) -> None:
         self.append("eval.jsonl", [row])
         self.write_whole(f"eval-{row['step']}.jsonl", "".join(map(as_line, details)))
+        self.trackers.log(row, prefix="eval/")
 
     def save_checkpoint(self, step: int, model, tokenizer, optimizer, keep_last: int, **state) -> None:
         """checkpoint-<step>/: model, AdamW's moments and counters, `state`; whole, or not there at all.
@@ -127,13 +137,16 @@ class RunFolder:
         for old in self.checkpoints()[:-keep_last]:
             shutil.rmtree(old)
 
-    def save_final(self, model, tokenizer) -> Path:
-        """final/: the model as a Hugging Face folder, for from_pretrained and vLLM."""
+    def save_final(self, model, tokenizer, config: Config, evaluations: list[dict]) -> Path:
+        """final/: the model as a Hugging Face folder, for from_pretrained and vLLM, with its model card."""
         partial, final = self.path / ".partial", self.path / "final"
         with self.writing("final"):
             shutil.rmtree(partial, ignore_errors=True)
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
+            shutil.copy(self.plot(), partial / "curves.png")
+            card = model_card(config, model.config.model_type, evaluations, self.read("metrics.jsonl"))
+            (partial / "README.md").write_text(card)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
         return final
@@ -318,7 +331,8 @@ def time_limit(seconds: float):
 def printable(text: str, limit: int = 160) -> str:
     """One line of at most `limit` characters; control characters, which a terminal would obey, as escapes."""
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
+    middle = f" ... {len(text) - limit:,} characters ... "
+    return text if len(text) <= limit else f"{text[: limit // 2]}{middle}{text[-limit // 2 :]}"
 
 
 def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -378,13 +392,18 @@ def verdict(row: dict) -> str:
     return f"will it learn? {'unlikely: ' + '; '.join(found) if found else answer} ({facts})"
 
 
-def show_rollouts(step: int, rollouts: list) -> None:
-    """Completions of three prompts, right and wrong ones where there are both."""
-    one_each = {r.prompt: r for r in rollouts}.values()
-    right, wrong = [r for r in one_each if r.parts["correct"]], [r for r in one_each if not r.parts["correct"]]
-    for r in (right[:2] + wrong[:1] + wrong[1:3] + right[2:3])[:3]:
-        mark = "right" if r.parts["correct"] else "wrong"
-        tqdm.write(f"step {step} {mark}, advantage {r.advantage:+.2f}:  {printable(r.prompt)}  ->  {printable(r.text)}")
+def show_groups(step: int, rollouts: list, group_size: int, limit: int = 200) -> None:
+    """Two whole groups, of mixed rewards if there are such, question first; longer answers are folded to `limit`."""
+    groups = [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
+    for group in sorted(groups, key=lambda group: len({r.reward for r in group}) == 1)[:2]:
+        right = sum(bool(r.parts["correct"]) for r in group)
+        lines = [f"step {step}, {right} of {group_size} right: {printable(group[0].prompt, 2000)}"]
+        for i, r in enumerate(group, 1):
+            mark = "right" if r.parts["correct"] else "     "
+            cut = " (cut off)" if r.truncated else ""
+            paid = f"reward {r.reward:5.2f} advantage {r.advantage:+5.2f}"
+            lines.append(f"  {i:2} {mark} {paid}  {printable(r.text, limit)}{cut}")
+        tqdm.write("\n".join(lines))
 
 
 def show_group(rollouts: list, weights: list[float], tokenizer, group_size: int) -> None:

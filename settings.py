@@ -9,6 +9,7 @@ import dataclasses
 import glob
 import math
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
@@ -17,6 +18,8 @@ import yaml
 
 HERE = Path(__file__).resolve().parent
 MAX_LOGP_GAP = 0.05  # mean difference in log-prob of sampler and trainer: rounding is below 0.02, also in bf16
+REFLECTION_WORDS = ["wait", "hmm", "let me (?:re)?check", "double[- ]check", "verify", "recheck", "try again"]
+REFLECTION_WORDS += ["re-?evaluate"]
 PRESET = HERE / "configs" / "arithmetic.yaml"  # what the plain command runs
 
 
@@ -154,8 +157,16 @@ class Config:
     """write a checkpoint every so many steps"""
     keep_last: int = 2
     """checkpoints to keep"""
-    print_steps: int = 50
-    """show three completions every so many steps; 0 shows none"""
+    print_groups: int = 50
+    """show two whole groups of completions every so many steps; 0 shows none"""
+    reflection_words: list[str] = field(default_factory=lambda: list(REFLECTION_WORDS))
+    """regular expressions of whole words: completions with one of them count as `reflections`"""
+    report_to: str = ""
+    """trackers besides the run's folder: tensorboard, wandb, trackio, with commas between several"""
+    project: str = ""
+    """project in the trackers; else WANDB_PROJECT or TRACKIO_PROJECT from the environment, else grpo"""
+    run_name: str = ""
+    """name of the run in the trackers; else WANDB_NAME from the environment, else that of the run's folder"""
     resume: str = ""
     """folder of a run to go on with; its settings are used"""
 
@@ -171,6 +182,11 @@ class Config:
                 raise UsageError(f"{f.name} is {value}, it must be {LOWEST[f.name]} or more{why}")
             if f.name in ("temperature", "top_p", "lr", "grad_clip") and not 0 < value < math.inf:
                 raise UsageError(f"{f.name} is {value}, it must be greater than 0")
+        for word in self.reflection_words:
+            try:
+                re.compile(word)
+            except re.error as error:
+                raise UsageError(f"reflection_words has {word!r}, which is no regular expression: {error}") from error
         if self.top_p > 1:
             raise UsageError(f"top_p is {self.top_p}, it must be at most 1")
         contradictions = [
@@ -224,9 +240,10 @@ class Config:
 LOWEST = dict(group_size=2, prompts_per_step=1, max_prompt_tokens=1, max_completion_tokens=1, sample_rows=1, epochs=1)
 LOWEST |= dict(minibatches=1, tokens_per_microbatch=1, eval_samples=1, save_steps=1, keep_last=1, steps=0, top_k=0)
 LOWEST |= dict(kl_coef=0, kl_target=0, clip_low=0, clip_high=0, warmup_steps=0, weight_decay=0, eval_steps=0)
-LOWEST |= dict(print_steps=0, kv_cache_gb=0, importance_cap=0, resample_rounds=0, overlong_share=0, reward_seconds=0)
+LOWEST |= dict(print_groups=0, kv_cache_gb=0, importance_cap=0, resample_rounds=0, overlong_share=0, reward_seconds=0)
 LOWEST |= dict(entropy_coef=0)
-CHANGEABLE_ON_RESUME = {"steps", "eval_steps", "save_steps", "keep_last", "print_steps", "about", "runs", "resume"}
+CHANGEABLE_ON_RESUME = {"steps", "eval_steps", "save_steps", "keep_last", "print_groups", "about", "runs", "resume"}
+CHANGEABLE_ON_RESUME |= {"reflection_words", "report_to", "project", "run_name"}
 # what memory needs
 CHANGEABLE_ON_RESUME |= {"tokens_per_microbatch", "gradient_checkpointing", "offload_reference", "vllm_sleep"}
 CHANGEABLE_ON_RESUME |= {"reward_seconds", "kv_cache_gb"}

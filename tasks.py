@@ -209,6 +209,14 @@ class Countdown:
             return text
         return [{"role": "system", "content": R1_SYSTEM}, {"role": "user", "content": text}]
 
+    def typed(self, text: str) -> dict:
+        """`3 7 25 = 46` as a problem."""
+        numbers, equals, target = text.partition("=")
+        nums = re.findall(r"[0-9]{1,9}", numbers)
+        if not equals or not nums or not re.fullmatch(r"\s*-?[0-9]{1,9}\s*", target):
+            raise ValueError("write the numbers, an equals sign and the target: 3 7 25 = 46")
+        return {"nums": [int(n) for n in nums], "target": int(target)}
+
     def reward(self, text: str, example: dict) -> dict:
         parts = countdown_reward(text, example)
         if not self.is_chat:  # without a prompt that asks for <think>, the form is one answer block
@@ -319,6 +327,10 @@ class GSM8K:
 
     def prompt(self, example: dict) -> list[dict]:
         return [{"role": "system", "content": GSM8K_SYSTEM}, {"role": "user", "content": example["question"]}]
+
+    def typed(self, text: str) -> dict:
+        """`How many ...? #### 42` as a problem, as the data set writes it."""
+        return gsm8k_example({"question": text.rpartition("####")[0].strip(), "answer": text})
 
     def reward(self, text: str, example: dict) -> dict:
         return gsm8k_reward(text, example)
@@ -442,6 +454,14 @@ class Math:
 
     def prompt(self, example: dict) -> list[dict]:
         return [{"role": "system", "content": MATH_SYSTEM}, {"role": "user", "content": example["problem"]}]
+
+    def typed(self, text: str) -> dict:
+        """`What is ...? #### \\frac{1}{2}` as a problem."""
+        problem, _, answer = (part.strip() for part in text.rpartition("####"))
+        example = self.example(problem, answer, f"\\boxed{{{answer}}}") if problem else None
+        if not example:
+            raise ValueError("write the problem, #### and its answer in LaTeX")
+        return example
 
     def reward(self, text: str, example: dict) -> dict:
         parts = math_reward(text, example)

@@ -143,6 +143,10 @@ class ArithmeticTask:
             "steps": applications(tree),
         }
 
+    def typed(self, text: str) -> dict:
+        """`3*(4+5)` as a problem."""
+        return self.example(parse(text), random.Random(0))
+
     def prompt(self, example: dict) -> str:
         return example["prompt"]
 

@@ -81,7 +81,7 @@ def run(seed: int = 0, eval_size: int = 20, **settings) -> tuple[list[dict], lis
     `eval_size` is the number of evaluation problems, few as a rule, since they take longer than many a step.
     """
     with TemporaryDirectory() as runs:
-        chosen = dict(prompts_per_step=16, steps=60, eval_steps=0, print_steps=0, device="cpu") | settings
+        chosen = dict(prompts_per_step=16, steps=60, eval_steps=0, print_groups=0, device="cpu") | settings
         chosen |= {"task_args.eval_size": eval_size, "seed": seed, "runs": runs}
         config = parse_config(["--config", str(PRESET), *(f"--{name}={value}" for name, value in chosen.items())])
         with redirect_stdout(io.StringIO()):  # the bar, on stderr, stays

@@ -29,7 +29,7 @@ NOT_REPEATABLE = {"seconds_sample", "seconds_train", "seconds_sync", "tokens_per
 def command(runs: Path, steps: int) -> list[str]:
     """A small run on a CPU, in float32, with a KL penalty, an adaptive coefficient and evaluations on the way."""
     settings = dict(device="cpu", sampler="torch", steps=steps, save_steps=2, eval_steps=5, eval_samples=2, runs=runs)
-    settings |= dict(prompts_per_step=4, group_size=4, kl_coef=0.05, kl_target=0.02, minibatches=2, print_steps=0)
+    settings |= dict(prompts_per_step=4, group_size=4, kl_coef=0.05, kl_target=0.02, minibatches=2, print_groups=0)
     flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     return [*flags, "--task_args.eval_size", "8"]
 

@@ -45,7 +45,7 @@ def rollout(reward: float, length: int, text: str = "", truncated: bool = False,
     return grpo.Rollout([1], [3] * length, [0.0] * length, truncated, "p", text, parts, reward, dead=dead)
 
 
-def test_rollout_metrics_by_hand():
+def test_rollout_metrics_by_hand(make_config):
     rollouts = [
         rollout(1.0, 2, worked=1.0),
         rollout(0.0, 4, truncated=True, worked=0.0),
@@ -53,7 +53,7 @@ def test_rollout_metrics_by_hand():
         rollout(0.5, 8, dead=True, worked=0.0),
     ]
     rollouts[0].penalty = 0.5
-    metrics = grpo.rollout_metrics(rollouts, group_size=2)
+    metrics = grpo.rollout_metrics(rollouts, make_config(group_size=2))
     expected = dict(reward=0.5, correct=0.25, format=0.75, pass_at_group=0.5, zero_advantage_groups=0.5, length=5.0)
     expected |= dict(length_correct=2.0, length_wrong=6.0, truncated=0.25, reflections=0.25, worked=0.5)
     expected |= dict(reward_std=0.5**0.5 / 2, penalty=0.125)
@@ -62,8 +62,8 @@ def test_rollout_metrics_by_hand():
         assert is_close(metrics[key], value), key
 
 
-def test_means_over_nothing_are_none():
-    metrics = grpo.rollout_metrics([rollout(0.0, 3), rollout(0.0, 3)], group_size=2)
+def test_means_over_nothing_are_none(make_config):
+    metrics = grpo.rollout_metrics([rollout(0.0, 3), rollout(0.0, 3)], make_config(group_size=2))
     assert metrics["length_correct"] is None and metrics["length_wrong"] == 3
 
 

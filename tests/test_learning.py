@@ -12,7 +12,7 @@ import run_folder
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_first_20_steps_of_the_default_run_learn(seed, tmp_path):
     settings = ["--steps", "20", "--seed", str(seed), "--runs", str(tmp_path), "--eval_steps", "0"]
-    summary = grpo.train(grpo.parse_config([*settings, "--task_args.eval_size", "300", "--print_steps", "0"]))
+    summary = grpo.train(grpo.parse_config([*settings, "--task_args.eval_size", "300", "--print_groups", "0"]))
     first, last = summary["first"], summary["last"]
     # over seeds 0 to 3 on the machine of the README: worked .07 -> .24, length 5.4 -> 9.6, sampled .35 -> .41
     assert last["worked"] > first["worked"] + 0.05

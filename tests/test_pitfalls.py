@@ -344,7 +344,7 @@ def test_21_metrics_are_what_they_are_called(model, make_rollouts, make_config, 
     assert is_close(metrics["grad_norm"], norm, 1e-4), "before the clip, after the backward pass"
     for r in rows:
         r.reward, r.parts = 0.0, dict(correct=0.0, format=1.0)
-    assert grpo.rollout_metrics(rows, 4)["zero_advantage_groups"] == 1
+    assert grpo.rollout_metrics(rows, config)["zero_advantage_groups"] == 1
 
 
 def test_22_the_evaluation_comes_first_and_repeats(run):

@@ -344,6 +344,6 @@ def test_what_a_model_wrote_cannot_move_the_cursor(capsys):
         grpo.Rollout([1], [5], [0.0], False, f"p\x1b[2J{i}", "t\x1b]0;x\x07\r\n", dict(correct=float(i % 2)))
         for i in range(4)
     ]
-    run_folder.show_rollouts(1, rollouts)
+    run_folder.show_groups(1, rollouts, 2)
     out = capsys.readouterr().out
     assert "\x1b" not in out and "\x07" not in out and "\r" not in out and "\\x1b[2J" in out

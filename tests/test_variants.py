@@ -256,8 +256,9 @@ def test_dead_groups_are_counted_by_their_rewards(make_config):
     rows = [grpo.Rollout([1], [3], [-1.0 - i / 9], False, reward=1.0, ref_logps=[-1.0]) for i in range(4)]
     for r in rows:
         r.parts = dict(correct=1.0, format=1.0)
-    grpo.assign_advantages(rows, make_config(group_size=4, kl_in="reward", kl_coef=0.1, advantage="rloo"))
-    assert not any(r.dead for r in rows) and grpo.rollout_metrics(rows, 4)["zero_advantage_groups"] == 1
+    config = make_config(group_size=4, kl_in="reward", kl_coef=0.1, advantage="rloo")
+    grpo.assign_advantages(rows, config)
+    assert not any(r.dead for r in rows) and grpo.rollout_metrics(rows, config)["zero_advantage_groups"] == 1
 
 
 def test_masked_rows_do_not_exist_for_the_loss(model, rollouts, make_config, accelerator):

@@ -84,11 +84,11 @@ def train(steps):
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip).item()
         optimizer.step()
         optimizer.zero_grad()
-        metrics.append({"step": step, **grpo.rollout_metrics(rollouts, 8), "loss": loss, "grad_norm": grad_norm})
+        metrics.append({"step": step, **grpo.rollout_metrics(rollouts, config), "loss": loss, "grad_norm": grad_norm})
         metrics[-1]["entropy"] = sum(entropies) / max(1, len(entropies))
         kept[step] = rollouts
         if step % 10 == 0:
-            print(f"step {step}: reward {metrics[-1]['reward']:.2f}", end="  ")
+            print(f"step {step}: reward {metrics[-1]['reward']:.2f}")
     return metrics, kept[1], kept[steps], tokenizer
 # %% [markdown]
 # Predict, after 60 steps: the mean reward, and the share of answers that show their steps. At the start, the reward is

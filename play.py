@@ -1,0 +1,121 @@
+"""A playground: the base's and the trained model's answers to a problem, side by side with their rewards.
+
+    python play.py runs/<run>
+
+Type a problem as the task writes it (arithmetic: `3*(4+5)`; countdown: `3 7 25 = 46`; gsm8k and math: a question, ####
+and its answer), or press Enter for one of the evaluation problems. Ctrl-D ends it.
+"""
+
+import argparse
+import dataclasses
+import random
+import shutil
+import sys
+import textwrap
+from itertools import zip_longest
+from pathlib import Path
+
+import yaml
+
+import grpo
+import loading
+from run_folder import RunFolder, printable
+from settings import Config, Sampling, UsageError
+
+
+def read_config(run: Path) -> Config:
+    if not (run / "config.yaml").is_file():
+        raise UsageError(f"{run} is no run's folder: there is no config.yaml in it")
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    unknown = sorted(settings.keys() - {f.name for f in dataclasses.fields(Config)})
+    if unknown:
+        raise UsageError(f"{run / 'config.yaml'} was written by another version: {', '.join(unknown)} is unknown")
+    return Config(**settings | {"report_to": ""})
+
+
+def trained_model(run: Path, config: Config) -> str:
+    """final/, or the newest whole checkpoint of a run that has none yet."""
+    found = run / "final" if (run / "final").exists() else RunFolder(run).newest_whole(config.steps)
+    if not found:
+        raise UsageError(f"{run} has no trained model yet: neither final/ nor a checkpoint")
+    return str(found)
+
+
+def problem_of(text: str, task, tokenizer, rng: random.Random, problems: list[dict]) -> grpo.Problem:
+    """What was typed as a problem, or a random one of the evaluation if nothing was."""
+    if text and not hasattr(task, "typed"):
+        raise ValueError(f"{type(task).__name__} takes no typed problems (it has no method `typed`): press Enter")
+    example = task.typed(text) if text else rng.choice(problems)
+    return grpo.Problem(example, *grpo.encode_prompt(tokenizer, task, example))
+
+
+def answer_lines(title: str, rollout: grpo.Rollout, width: int) -> list[str]:
+    verdict = "right" if rollout.parts["correct"] else "wrong"
+    lines = [f"{title}: {verdict}, reward {rollout.reward:.2f}, {rollout.length} tokens"]
+    lines[0] += ", cut off" if rollout.truncated else ""
+    for paragraph in rollout.text.splitlines() or [""]:
+        wrapped = textwrap.wrap(printable(paragraph, len(paragraph)), width - 2)
+        lines += [f"  {line}" for line in wrapped or [""]]
+    return lines
+
+
+def side_by_side(left: list[str], right: list[str], width: int) -> str:
+    return "\n".join(f"{a:{width}} | {b}".rstrip() for a, b in zip_longest(left, right, fillvalue=""))
+
+
+def play(run: Path, samples: int, seed: int) -> None:
+    config = read_config(run)
+    task = loading.load_task(config.task, config.task_args, config.reward_seconds)
+    accelerator = loading.make_accelerator(config)
+    samplers = {}
+    for title, name in (("base", config.model), ("trained", trained_model(run, config))):
+        model, tokenizer = loading.load_model(name, trust_remote_code=config.trust_remote_code)
+        model.to(accelerator.device).eval()
+        eos = loading.find_eos(model, tokenizer)
+        samplers[title] = grpo.TorchSampler(model, eos, config.sample_rows, accelerator.autocast)
+    problems, rng = task.eval(), random.Random(seed)
+    greedy = Sampling(config.max_completion_tokens, temperature=0.0)
+    print(f"{config.model} and {run}. A problem, or Enter for a random one; Ctrl-D ends it.")
+    for turn in range(sys.maxsize):
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            return
+        try:
+            problem = problem_of(text, task, tokenizer, rng, problems)
+        except (ValueError, ZeroDivisionError) as error:
+            why = "it divides by 0" if isinstance(error, ZeroDivisionError) else error
+            print(f"  that is no problem of this task: {why}")
+            continue
+        width = (min(160, shutil.get_terminal_size().columns) - 3) // 2
+        columns = []
+        for title, sampler in samplers.items():
+            found = grpo.complete(sampler, tokenizer, task, [problem], 1, greedy, seed)
+            if samples:
+                found += grpo.complete(sampler, tokenizer, task, [problem], samples, config.sampling, seed + turn)
+            right = sum(int(r.parts["correct"]) for r in found[1:])
+            lines = [f"{title.upper()}" + (f", {right} of {samples} samples right" if samples else "")]
+            for i, rollout in enumerate(found):
+                lines += answer_lines("most likely" if i == 0 else f"sample {i}", rollout, width)
+            columns.append(lines)
+        for line in problem.prompt.splitlines():
+            print(printable(line, len(line)))
+        print(f"the answer is {found[0].parts['ground_truth']}\n{side_by_side(*columns, width)}\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a run's folder")
+    parser.add_argument("--samples", type=int, default=3, help="sampled answers besides the most likely one")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    try:
+        play(options.run, max(0, options.samples), options.seed)
+    except UsageError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
