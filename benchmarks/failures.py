@@ -44,7 +44,7 @@ SHOWN += ("clipped_low", "clipped_high", "ratio_max", "skipped_updates", "nonfin
 def run(flags: list[str], steps: int) -> tuple[list[dict], str]:
     """The rows of metrics.jsonl, and what the run said besides."""
     with tempfile.TemporaryDirectory() as runs:
-        settings = dict(config="configs/arithmetic.yaml", steps=steps, seed=0, eval_steps=0, print_steps=0, runs=runs)
+        settings = dict(config="configs/arithmetic.yaml", steps=steps, seed=0, eval_steps=0, print_groups=0, runs=runs)
         command = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
         done = subprocess.run(
             [sys.executable, "grpo.py", *command, *flags], cwd=ROOT, capture_output=True, text=True,
