@@ -21,6 +21,7 @@ import trackers
 from run_folder import time_limit
 from settings import HERE, MAX_LOGP_GAP, Config, Sampling, UsageError
 
+SINGLE_THREADED = 1_000_000  # models with fewer parameters run on one thread
 TASKS = {"arithmetic": "mathformer:ArithmeticTask", "countdown": "tasks:Countdown"}
 TASKS |= {"gsm8k": "tasks:GSM8K", "math": "tasks:Math"}
 
@@ -121,6 +122,10 @@ def load_model(name: str, gradient_checkpointing: bool = False, trust_remote_cod
         if not model.supports_gradient_checkpointing:
             raise UsageError(f"gradient_checkpointing is not there for {type(model).__name__}: leave it off")
         model.gradient_checkpointing_enable()
+    # On a CPU a tiny model gains nothing from a second thread, and threads of two such programs on one machine wait for
+    # each other: two default runs at a time took twenty times as long.
+    if sum(p.numel() for p in model.parameters()) < SINGLE_THREADED and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
     return model, tokenizer
 
 
