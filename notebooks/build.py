@@ -33,7 +33,7 @@ def fold(text: str) -> str:
         if found:
             content = re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(found[2], quote=False))
             separator = "\n" if depth else "\n\n"
-            out += f"{separator}<details><summary>{found[1]}</summary>{content}"
+            out += f'{separator}<details style="margin-bottom:0.7em"><summary>{found[1]}</summary>{content}'
             depth += 1
         else:
             out += f"{'</details>' * depth}\n\n{paragraph}"

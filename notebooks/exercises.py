@@ -32,14 +32,16 @@ def pass_cases():
 
 
 def reward_cases():
-    worked, twice = "<scratchpad>3*4=12<answer>12", "<answer>12<answer>13"
-    texts = ["<answer>12", worked, "<answer>13", "12", twice, "<answer>123", ""]
-    return [(f"the text {text!r} where 12 is right", (text, 12), {}) for text in texts]
+    texts = ["<answer>12", "<scratchpad>3*4=12<answer>12", "<answer>13", "12", "<answer>12<answer>13"]
+    texts += ["<answer>13<answer>12", "so <answer>12", "<answer>123", "<answer>-12", ""]
+    cases = [(f"the text {text!r} where 12 is right", (text, 12), {}) for text in texts]
+    return cases + [(f"the text {text!r} where -5 is right", (text, -5), {}) for text in ("<answer>-5", "<answer>5")]
 
 
 def logps_cases():
     ids = torch.tensor([[1, 0, 6], [2, 5, 3]])
-    return [("random logits", (normal(2, 3, 7), ids), {}), ("logits near 1000", (1000 + normal(2, 3, 7), ids), {})]
+    return [("random logits", (normal(2, 3, 7), ids), {}), ("logits near 1000", (1000 + normal(2, 3, 7), ids), {}),
+            ("T = 1", (normal(2, 1, 7), ids[:, :1]), {}), ("B = 1", (normal(1, 3, 7), ids[:1]), {})]  # fmt: skip
 
 
 def loss_rows(lengths):
@@ -68,7 +70,7 @@ def clip_cases():
         for low, high in [(0.2, 0.2), (0.1, 0.3)]:
             mask = grpo.completion_mask(lengths)
             cases.append((f"{what}, clip {low}/{high}", (*loss_rows(lengths), low, high, mask), {}))
-    return cases
+    return [*cases, ("mask None", loss_rows(RAGGED), {})]
 
 
 def kl_cases():
@@ -100,6 +102,7 @@ EXPLOITS = {  # texts that a careless verifier pays, with what the strict one pa
     "the right number inside a longer one": ("<answer>145", 0.0),
     "text behind the answer": ("<answer>14 or 15", 0.0),
     "steps of another problem": ("<scratchpad>2*7=14<answer>2", 0.0),
+    "a right step inside a wrong one": ("<scratchpad>13*4=12<answer>9", 0.0),
     "nothing": ("", 0.0),
 }
 
@@ -112,7 +115,8 @@ def repair_cases():
         "no step, and wrong": "<answer>15",
     }
     texts = honest | {what: text for what, (text, _) in EXPLOITS.items()}
-    return [(what, (text, *PROBLEM), {}) for what, text in texts.items()]
+    cases = [(what, (text, *PROBLEM), {}) for what, text in texts.items()]
+    return [*cases, ("a negative answer", ("<answer>-2", -2, ["3-5=-2"]), {})]
 
 
 # ==== Classic mistakes: what the message says, and a function that makes it ===========================================
@@ -120,6 +124,7 @@ def repair_cases():
 
 def clip_with(join, ratio=torch.exp, sign=-1.0, masked=True):
     def policy_loss(logps, old_logps, advantages, clip_low=0.2, clip_high=0.2, mask=None, ratio_kind="", kind=""):
+        mask = torch.ones_like(logps, dtype=torch.bool) if mask is None else mask
         r = ratio(logps - old_logps)
         loss = sign * join(r * advantages, r.clamp(1 - clip_low, 1 + clip_high) * advantages)
         _, clipped = grpo.policy_loss(logps, old_logps, advantages, clip_low, clip_high, mask)
@@ -150,17 +155,22 @@ def columns(lengths):
     return torch.arange(int(lengths.max()))
 
 
-def step_with(*, sign=1.0, detach=False, weights="token", whole=True):
+def step_with(*, sign=1.0, detach=False, weights="token", whole=True, mean=False, masked=True, clip=0.2):
     def step_loss(logps, old_logps, advantages, lengths, total_tokens):
         logps = logps.detach() if detach else logps
-        loss, _ = grpo.policy_loss(logps, old_logps, advantages, mask=grpo.completion_mask(lengths))
+        mask = grpo.completion_mask(lengths) if masked else None
+        loss, _ = grpo.policy_loss(logps, old_logps, advantages, clip, clip, mask)
+        if mean:
+            return loss.mean()
         total = total_tokens if whole else None
         return sign * (loss.sum(1) * grpo.token_weights(lengths, weights, total_tokens=total)).sum()
 
     return step_loss
 
 
-def repaired_with(number_anywhere=False, any_equation=False, repeats=False, unfinished=False, share=0.5):
+def repaired_with(
+    number_anywhere=False, any_equation=False, repeats=False, unfinished=False, inside=False, share=0.5
+):
     def repaired_reward(text, value, steps):
         match = COMPLETION.fullmatch(text)
         if (str(value) in text) if number_anywhere else (match and reduced(match["answer"]) == value):
@@ -170,6 +180,8 @@ def repaired_with(number_anywhere=False, any_equation=False, repeats=False, unfi
         shown = (match["steps"] or "" if match else text.removeprefix("<scratchpad>")).split(";")
         if any_equation:
             return min(0.5, 0.25 * len({s for s in shown if "=" in s}))
+        if inside:
+            shown = text
         paid = [s for s in shown if s in steps] if repeats else [s for s in steps if s in shown]
         return share * len(paid) / len(steps)
 
@@ -200,10 +212,15 @@ EXERCISES = {
         "the softmax is over positions, not over the vocabulary":
             lambda x, i: x.log_softmax(1).gather(-1, i[..., None])[..., 0],
         "that is the largest log-prob, not that of the sampled token": lambda x, i: x.log_softmax(-1).amax(-1),
+        "the sign: cross_entropy is minus the log-prob":
+            lambda x, i: -x.log_softmax(-1).gather(-1, i[..., None])[..., 0],
     }),
     "policy_gradient_loss": (gradient_cases, {
         "the sign: a loss is minimised, so it needs a minus": lambda p, a, m: (a * p)[m].sum() / m.sum(),
         "padding is in the mean: divide by the real tokens, and leave the others out": lambda p, a, m: -(a * p).mean(),
+        "the number of real tokens is what divides, not that of all positions":
+            lambda p, a, m: -(a * p * m).mean(),
+        "the division by the number of real tokens is missing": lambda p, a, m: -(a * p)[m].sum(),
         "that is the mean over sequences of their token means, not the token mean":
             lambda p, a, m: -((a * p * m).sum(1) / m.sum(1).clamp(min=1)).mean(),
         "the loss is detached: no gradient reaches the log-probs": lambda p, a, m: -(a * p.detach())[m].sum() / m.sum(),
@@ -215,6 +232,9 @@ EXERCISES = {
         "the std has G in the denominator, not G - 1":
             lambda r: (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True, correction=0) + 1e-4),
         "the mean is missing: there is no baseline": lambda r: r / (r.std(1, keepdim=True) + 1e-4),
+        "the sign: better than the mean is positive": lambda r: -grpo.group_advantages(r),
+        "mean and std are over the prompts (dim 0), not over each group (dim 1)":
+            lambda r: (r - r.mean(0, keepdim=True)) / (r.std(0, keepdim=True) + 1e-4),
     }),
     "policy_loss": (clip_cases, {
         "max where min belongs": clip_with(torch.max),
@@ -225,6 +245,7 @@ EXERCISES = {
         "the ratio is exp(logp - old logp), and the exp is missing": clip_with(torch.min, ratio=lambda d: d),
         "the ratio is upside down: old over new": clip_with(torch.min, ratio=lambda d: (-d).exp()),
         "the mask is not used: padding has a loss": clip_with(torch.min, masked=False),
+        "the loss is detached: no gradient reaches logps": clip_with(torch.min, ratio=lambda d: d.detach().exp()),
     }),
     "kl_estimate": (kl_cases, {
         "d has the wrong sign: it is logp - ref_logp": k3_swapped,
@@ -244,13 +265,22 @@ EXERCISES = {
         "the loss is detached": step_with(detach=True),
         "that is the sequence mean, not the token mean": step_with(weights="sequence"),
         "total_tokens is not used: a microbatch is only a part of the step": step_with(whole=False),
+        "that is the mean over all positions: weigh by token_weights, and add up": step_with(mean=True),
+        "the mask is not used: padding has a loss": step_with(masked=False),
+        "nothing is clipped": step_with(clip=1e9),
     }),
     "repaired_reward": (repair_cases, {
         "the right number anywhere in the text is still paid": repaired_with(number_anywhere=True),
         "any equation is still paid: only the steps of this problem should be": repaired_with(any_equation=True),
         "a step is still paid each time it is written": repaired_with(repeats=True),
+        "a step is still paid inside another text: 13*4=12 holds 3*4=12": repaired_with(inside=True),
         "steps are still paid where no answer follows": repaired_with(unfinished=True),
         "all steps without the right answer are paid as much as the right answer: half of it at most":
             repaired_with(share=1.0),
     }),
 }  # fmt: skip
+NO_GRADIENT = ("group_advantages",)  # rewards have none
+SECOND_OUTPUT = {  # said where the first output is right
+    "policy_loss": "the loss is right, `clipped` is not: 1 where r is above the range and A > 0, -1 where r is below "
+    "it and A < 0, else 0, and 0 outside the mask",
+}

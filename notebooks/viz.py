@@ -16,7 +16,7 @@ def color(value: float, largest: float) -> str:
 def strip(tokens: list[str], values: list[float], label: str = "", largest: float | None = None) -> str:
     """One row of tokens as HTML, each with its value as colour and as tooltip."""
     largest = max(map(abs, values), default=0.0) if largest is None else largest
-    spans = "".join(
+    spans = "<wbr>".join(
         f'<span title="{value:+.3g}" style="background:{color(value, largest)};border:1px solid #bbb;padding:1px 3px">'
         f"{html.escape(token)}</span>"
         for token, value in zip(tokens, values, strict=True)
@@ -32,7 +32,8 @@ def group_table(group: list, tokenizer) -> HTML:
     for r in group:
         tokens = tokenizer.tokenize(r["completion"]) + [tokenizer.eos_token] * (not r["truncated"])
         rows += f"<tr><td>{r['reward']:.2f}</td><td>{r['advantage']:+.2f}</td><td>{r['length']}</td>"
-        rows += f"<td style='text-align:left'>{strip(tokens, [r['advantage']] * len(tokens), '', largest)}</td></tr>"
+        colored = strip(tokens, [r["advantage"]] * len(tokens), "", largest)
+        rows += f"<td style='text-align:left;max-width:44em'>{colored}</td></tr>"
     head = "<tr><th>reward</th><th>A</th><th>length</th><th style='text-align:left'>completion</th></tr>"
     return HTML(f"<p><code>{html.escape(group[0]['prompt'])}</code></p><table>{head}{rows}</table>")
 

@@ -16,6 +16,8 @@ import nbformat  # noqa: E402
 import workshop  # noqa: E402
 from exercises import EXERCISES, EXPLOITS, PROBLEM  # noqa: E402
 
+import grpo  # noqa: E402
+
 SOURCES = build.sources()
 MISTAKES = [(name, text) for name, (_, mistakes) in EXERCISES.items() for text in mistakes]
 by_name = dict(ids=lambda path: path.stem)
@@ -53,10 +55,11 @@ def test_a_solved_notebook_is_that_of_its_source_and_all_is_right_in_it(source):
 
 def test_hints_and_answers_are_folded_and_escaped():
     text = "Title\n\nHint 1, a question: a `x < y`?\n\nHint 2, the formula: `<b>`\n\nText\n\nAnswer: Yes."
+    opened = '<details style="margin-bottom:0.7em"><summary>'
     assert build.fold(text) == (
-        "Title\n\n<details><summary>Hint 1, a question</summary>a <code>x &lt; y</code>?\n"
-        "<details><summary>Hint 2, the formula</summary><code>&lt;b&gt;</code></details></details>\n\nText\n\n"
-        "<details><summary>Answer</summary>Yes.</details>"
+        f"Title\n\n{opened}Hint 1, a question</summary>a <code>x &lt; y</code>?\n"
+        f"{opened}Hint 2, the formula</summary><code>&lt;b&gt;</code></details></details>\n\nText\n\n"
+        f"{opened}Answer</summary>Yes.</details>"
     )
 
 
@@ -103,7 +106,7 @@ def claims_of_notebook_6(text: str) -> None:
     assert found["reward"] > 2.5 and found["correct"] < 0.25
     assert found["repaired_correct"] > 0.5 and found["repaired_reward"] < 1
     table = [(float(a), float(b)) for a, b in re.findall(r"^ +(\d+\.\d\d) +(\d\.\d\d)  ", text, re.M)]
-    assert len(table) == len(EXPLOITS) and sum(paid >= 1 for paid, _ in table) == len(table) - 1
+    assert len(table) == len(EXPLOITS) and sum(paid >= 1 for paid, _ in table) == len(table) - 2
     assert max(paid for _, paid in table) == 0.25
 
 
@@ -195,13 +198,15 @@ def raising(out):
 
 BAD = {
     "raises": (raising, r"^it raised RuntimeError: sizes differ \(on "),
-    "none": (lambda out: None, r"^it returned None|^it returned a tuple that is no tensor"),
-    "text": (lambda out: "12", r"^it returned a (str|tuple) that is no tensor"),
+    "none": (lambda out: None, r"^it returned (None|a NoneType, where a tensor or a number is wanted)"),
+    "text": (lambda out: "12", r"^it returned a str, where a tensor or a number is wanted"),
+    "list": (lambda out: out.tolist() if out.dim() else [0.5], r"^it returned a list, where a tensor"),
+    "numpy": (lambda out: out.detach().numpy(), r"^it returned a ndarray, where a tensor"),
     "shape": (lambda out: torch.stack([out, out]), r"^it returned the shape \[2.*\], wanted is \["),
     "dtype": (lambda out: torch.ones_like(out, dtype=torch.bool) if out.dtype != torch.bool else out.double(),
-              r"^it returned the dtype torch\.\w+, wanted is torch\."),
-    "constant": (torch.zeros_like, r"^it returned a constant, whatever the input \(on "),
-    "nan": (lambda out: out / 0 if out.is_floating_point() else out.double() / 0, r"not finite|dtype"),
+              r"^it returned (the dtype torch\.\w+, wanted is torch\.|1 for every input)"),
+    "constant": (torch.zeros_like, r"^it returned 0 for every input, also on "),
+    "nan": (lambda out: out / 0 if out.is_floating_point() else out.double() / 0, r"not finite|the dtype"),
 }  # fmt: skip
 
 
@@ -210,7 +215,7 @@ BAD = {
 def test_a_bad_function_is_described(name, bad):
     change, message = BAD[bad]
     found = workshop.complaint(changed(name, change), name)
-    assert re.search(message, found) and "(on " in found, found
+    assert re.search(message, found) and re.search(r"[( ]on ", found), found
 
 
 @pytest.mark.parametrize("name", [name for name in EXERCISES if "detached" in str(EXERCISES[name][1])])
@@ -219,15 +224,59 @@ def test_a_detached_tensor_is_described(name):
     assert "detached" in found
 
 
-def test_check_goes_on_with_the_library(capsys):
+def test_a_changed_input_is_described():
+    def completion_mask(lengths):
+        lengths -= 1
+        return torch.arange(int(lengths.max()) + 1) <= lengths[:, None]
+
+    assert "it changed its input" in workshop.complaint(completion_mask, "completion_mask")
+
+
+def test_the_second_output_is_described():
+    def marks_all(logps, old_logps, advantages, clip_low=0.2, clip_high=0.2, mask=None):
+        loss, _ = grpo.policy_loss(logps, old_logps, advantages, clip_low, clip_high, mask)
+        r = (logps - old_logps).exp()
+        return loss, (r > 1 + clip_high).long() - (r < 1 - clip_low).long()
+
+    def keeps_padding(logps, old_logps, advantages, clip_low=0.2, clip_high=0.2, mask=None):
+        loss, _ = grpo.policy_loss(logps, old_logps, advantages, clip_low, clip_high, mask)
+        return loss, grpo.policy_loss(logps, old_logps, advantages, clip_low, clip_high)[1]
+
+    for function in (marks_all, keeps_padding):
+        assert "the loss is right, `clipped` is not" in workshop.complaint(function, "policy_loss")
+
+
+def right_but(name: str):
+    """The library's function under another identity, as a learner's would be."""
+
+    def function(*args, **kwargs):
+        return workshop.answer(name)(*args, **kwargs)
+
+    function.__name__ = name
+    return function
+
+
+def test_check_goes_on_with_the_library_and_does_not_call_that_right(capsys):
     def kl_estimate(logps, ref_logps, kind="k3"):
         raise NotImplementedError
 
-    assert workshop.check(kl_estimate) is workshop.answer("kl_estimate")
+    kl_estimate = workshop.check(kl_estimate)
+    assert kl_estimate is workshop.answer("kl_estimate")
     assert "not written yet" in capsys.readouterr().out
+    workshop.check(kl_estimate)  # the cell is run a second time
+    assert "the library's function already" in capsys.readouterr().out
 
 
 def test_check_says_when_it_compared_gradients(capsys):
-    workshop.check(workshop.answer("kl_estimate"))
-    workshop.check(workshop.answer("completion_mask"))
-    assert capsys.readouterr().out == "kl_estimate: right, values and gradients\ncompletion_mask: right\n"
+    for name in ("kl_estimate", "completion_mask", "group_advantages"):
+        workshop.check(right_but(name))
+    said = ["kl_estimate: right, values and gradients", "completion_mask: right", "group_advantages: right"]
+    assert capsys.readouterr().out.splitlines() == said
+
+
+def test_a_guess_is_kept_and_a_bad_one_described(capsys):
+    workshop.predict(share=0.25, other=None, wrong="big")
+    workshop.compare(share=0.5, other=1.0)
+    said = ["share: noted, 0.25", "other: put a number in the place of None", "wrong: 'big' is no number"]
+    said += ["share: your guess 0.25, measured 0.5", "other: no guess, measured 1"]
+    assert capsys.readouterr().out.splitlines() == said

@@ -1,6 +1,9 @@
 # %% [markdown]
 # # 1. Rollouts, masks, verifiers
 # What a model writes, which tokens count, and what an answer is paid. About 30 minutes. CPU only.
+#
+# You write the functions that say `raise NotImplementedError`; the cell below each compares yours with the library's
+# and says what is wrong. What you leave open the library does, so that every cell runs. Hints open on a click.
 # %%
 import os
 import sys
@@ -48,6 +51,8 @@ def completion_mask(lengths):
 completion_mask = check(completion_mask)
 # %% [markdown]
 # ## What an answer is paid
+# The model answers at once, `<answer>12`, or shows its steps first, `<scratchpad>3*4=12<answer>12`. Pay 1 for the right
+# integer in either form, and nothing for anything else: whatever is paid will be written more often.
 #
 # Hint 1, a question: Is `123` right where 12 is?
 #
@@ -56,12 +61,13 @@ completion_mask = check(completion_mask)
 # Hint 3, a line with a hole: `re.____(r"(<scratchpad>[^<]*)?<answer>(-?[0-9]+)", text)`
 # %%
 def reward(text, value):
-    """1.0 if `text` is `<answer>N`, with or without `<scratchpad>...` before it, and N is `value`; else 0.0."""
+    """1.0 if `text` is, as a whole, `<answer>N` or `<scratchpad>...<answer>N`, and N is `value`, an int; else 0.0."""
     raise NotImplementedError
 # %%
 reward = check(reward)
 # %% [markdown]
 # ## pass@k from n samples
+# Of n answers to one problem, c are right. How likely is it that k of them, chosen at random, hold a right one?
 #
 # Hint 1, a question: In how many ways can you choose k of the n samples, and all of them wrong?
 #
@@ -76,9 +82,11 @@ def pass_at_k(n, c, k):
 pass_at_k = check(pass_at_k)
 # %% [markdown]
 # ## Eight rollouts of each of 100 problems
+# A problem is `<sos><big>3*4` (`<big>`: the digits of numbers stand in the usual order). A is the advantage, how much
+# better an answer was paid than the others of its group; a group is dead if all were paid the same.
 # Predict: the share of right answers, and the share of problems of which at least one answer in eight is right.
 # %%
-predict(pass_at_1=0.5, pass_at_8=0.5)
+predict(pass_at_1=None, pass_at_8=None)  # a number for each None
 # %%
 config = parse_config(["--config", str(PRESET), "--seed=0", "--prompts_per_step=100", "--device=cpu"])
 task = loading.load_task(config.task, config.task_args)
@@ -100,10 +108,10 @@ rows = []
 for r, row, weights in zip(group, ids.tolist(), values, strict=True):
     tokens = tokenizer.convert_ids_to_tokens(row)[: r.row_tokens]
     rows.append(viz.strip(tokens + ["·"] * (len(row) - r.row_tokens), weights))
-display(HTML("".join(rows)))
+display(HTML(f'<div style="white-space:nowrap;overflow-x:auto">{"".join(rows)}</div>'))
 # %%
-problems = [rollouts[i : i + 8] for i in range(0, 800, 8)]
-right = [int(sum(r.parts["correct"] for r in one)) for one in problems]
+paid = [reward(r.text, int(r.parts["ground_truth"])) for r in rollouts]  # by your verifier
+right = [int(sum(paid[i : i + 8])) for i in range(0, 800, 8)]
 figure, axis = plt.subplots(figsize=(6, 2.6), layout="constrained")
 axis.bar(range(9), [right.count(c) for c in range(9)], color="0.5")
 axis.set(xlabel="right answers of 8", ylabel="problems", xticks=range(9))

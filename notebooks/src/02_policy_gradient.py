@@ -27,6 +27,7 @@ import grpo
 
 # %% [markdown]
 # ## Log-probs of the tokens that were sampled
+# A policy's action is a token. Its log-prob is all that the policy gradient needs of the model.
 #
 # Hint 1, a question: Over which dimension do the probabilities add up to 1?
 #
@@ -41,6 +42,8 @@ def token_logps(logits, ids):
 token_logps = check(token_logps)
 # %% [markdown]
 # ## The policy gradient as a loss
+# REINFORCE: the gradient of the expected reward is the mean of advantage times the gradient of the log-prob. Write a
+# loss that has it as its gradient.
 #
 # Hint 1, a question: An optimizer goes downhill. Which sign makes good tokens likelier?
 #
@@ -56,6 +59,8 @@ def policy_gradient_loss(logps, advantages, mask):
 policy_gradient_loss = check(policy_gradient_loss)
 # %% [markdown]
 # ## The group is its own baseline
+# G answers to the same prompt: each is compared with the mean of its group, in units of the group's spread. So no value
+# network is needed.
 #
 # Hint 1, a question: What should a group teach in which every answer got the same reward?
 #
@@ -74,7 +79,7 @@ group_advantages = check(group_advantages)
 # Ten possible one-token answers, three of them right: few enough to compute the exact gradient. Predict: with a
 # baseline, by what factor does the noise of a gradient from 8 samples shrink? (1: not at all)
 # %%
-predict(noise_ratio=1.0)
+predict(noise_ratio=None)  # a number for each None
 # %%
 generator = torch.Generator().manual_seed(0)
 logits = torch.randn(10, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -96,14 +101,20 @@ clouds = {flag: torch.stack([sampled_gradient(flag) for _ in range(200)]) for fl
 figure, axis = plt.subplots(figsize=(8, 3), layout="constrained")
 for flag, cloud in clouds.items():
     where = torch.arange(10) + (0.15 if flag else -0.15)
-    axis.errorbar(where, cloud.mean(0), cloud.std(0), fmt="s" if flag else "o", label="baseline" if flag else "none")
+    label = "baseline" if flag else "no baseline"
+    axis.errorbar(where, cloud.mean(0), cloud.std(0), fmt="s" if flag else "o", label=label)
 axis.plot(range(10), exact, "k_", markersize=22, label="exact")
-axis.set(xlabel="answer", ylabel="gradient of its logit", title="mean and spread of 200 gradients from 8 samples each")
+axis.set(title="mean and spread of 200 gradients from 8 samples each", xticks=range(10))
+axis.set(xlabel=f"answer (paid: {rewards.nonzero()[:, 0].tolist()})", ylabel="gradient of its logit")
 axis.legend()
 plt.show()
 noise = {flag: (cloud - exact).square().sum(1).mean().sqrt().item() for flag, cloud in clouds.items()}
 compare(noise_ratio=noise[False] / noise[True])
 # %% [markdown]
+# Both have the exact gradient as their mean. Without a baseline, a wrong answer is paid 0 and moves the gradient only
+# through the softmax, so its bar is short; with one, it is pushed down itself. The right answers become so much quieter
+# that the noise as a whole falls.
+#
 # ## The loss is 0. Is it broken?
 # %%
 rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0]], dtype=torch.float64)

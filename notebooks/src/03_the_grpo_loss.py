@@ -42,7 +42,8 @@ import grpo
 def policy_loss(logps, old_logps, advantages, clip_low=0.2, clip_high=0.2, mask=None, ratio="token", kind="clip"):
     """Loss [B, T] of each token, 0 outside the mask, and what was clipped [B, T]: 1 above, -1 below, 0 elsewhere.
 
-    logps, old_logps: [B, T]; advantages: [B, 1]; mask: [B, T], True on real tokens, None means all.
+    logps, old_logps: [B, T]; advantages: [B, 1]; mask: [B, T], True on real tokens, None means all. More exactly,
+    clipped is 1 where r > 1 + clip_high and A > 0, -1 where r < 1 - clip_low and A < 0: where the min has no gradient.
     Only ratio "token" and kind "clip" are asked for here.
     """
     raise NotImplementedError
@@ -51,7 +52,7 @@ policy_loss = check(policy_loss)
 # %% [markdown]
 # Predict: the gradient of the loss with respect to logp at r = 1.5, for A = 1 and for A = -1.
 # %%
-predict(gradient_good=0.0, gradient_bad=0.0)  # put your guesses here
+predict(gradient_good=None, gradient_bad=None)  # a number for each None
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained", sharey=True)
 for axis, A, shade in zip(axes, (1.0, -1.0), ("tab:green", "tab:red"), strict=True):
@@ -93,8 +94,10 @@ def kl_estimate(logps, ref_logps, kind="k3"):
     raise NotImplementedError
 # %%
 kl_estimate = check(kl_estimate)
+# %% [markdown]
+# Now sample 20,000 tokens from a policy that is close to its reference. Predict the share of samples with k1 < 0.
 # %%
-predict(share_of_negative_k1=0.5)
+predict(share_of_negative_k1=None)  # a number for each None
 # %%
 generator = torch.Generator().manual_seed(0)
 logits = torch.randn(50, generator=generator, dtype=torch.float64)
@@ -113,8 +116,8 @@ compare(share_of_negative_k1=(kl_estimate(policy[drawn], reference[drawn], "k1")
 #
 # Hint 1, a question: Under which of them does a token of a long answer count less?
 #
-# Hint 2, the formula: `lengths` is [B], the result [B]. The totals are those given, else those of `lengths`. A row of
-# length 0 gets 0, not infinity.
+# Hint 2, the formula: `lengths` is [B], the result [B]. The totals are those given, else those of `lengths`:
+# their sum, and their number, empty rows among them. A row of length 0 gets 0, not infinity.
 #
 # Hint 3, a line with a hole: `"sequence": 1 / (rows * ____)`
 # %%

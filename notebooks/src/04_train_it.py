@@ -33,12 +33,13 @@ from settings import PRESET, parse_config
 STEPS, SEED = 60, 0  # take another seed than your neighbour
 # %% [markdown]
 # ## The loss of a step
-# Rewards have become advantages already. Of each microbatch, return its part of the loss of the whole step.
+# Rewards have become advantages already. Of each microbatch, return its part of the loss of the whole step, out of
+# `grpo.policy_loss`, `grpo.completion_mask` and `grpo.token_weights`.
 #
 # Hint 1, a question: What would a mean over the microbatch's own tokens do, if the rows were split in another way?
 #
-# Hint 2, the formula: `policy_loss` gives (loss [B, T], clipped [B, T]); `token_weights` gives w [B]; the result is the
-# sum over rows of w_i times the sum over tokens of loss_it.
+# Hint 2, the formula: `grpo.policy_loss` gives (loss [B, T], clipped [B, T]); `grpo.token_weights` gives w [B]; the
+# result is the sum over rows of w_i times the sum over tokens of loss_it.
 #
 # Hint 3, a line with a hole: `return (loss.sum(1) * grpo.token_weights(lengths, "token", total_tokens=____)).sum()`
 # %%
@@ -69,7 +70,7 @@ def train(steps):
         rollouts, _ = grpo.collect(sampler, tokenizer, task, config, step)  # 16 prompts, 8 completions each
         grpo.assign_advantages(rollouts, config)
         total_tokens = sum(r.length for r in rollouts)
-        # grpo.py shuffles: the same order gives the same rounding, and the curves agree to the last digit
+        # grpo.py shuffles: the same order gives the same rounding
         shuffled = random.Random(f"{SEED}/{step}/minibatches").sample(rollouts, len(rollouts))
         loss, entropies = 0.0, []
         for batch in grpo.microbatches([r for r in shuffled if not r.dead], config.tokens_per_microbatch):
@@ -94,7 +95,7 @@ def train(steps):
 # Predict, after 60 steps: the mean reward, and the share of answers that show their steps. At the start, the reward is
 # about 0.5 (easy problems are drawn often), and one answer in fifteen shows its steps.
 # %%
-predict(reward=0.5, worked=0.5)  # put your guesses here
+predict(reward=None, worked=None)  # a number for each None
 # %%
 mine, before, after, tokenizer = train(STEPS)
 # %%
@@ -109,7 +110,8 @@ for rollouts in (before, after):
     display(viz.group_table(rollouts[first : first + 8], tokenizer))
 # %% [markdown]
 # ## The same run with `grpo.py`
-# `grpo.train` with the same settings and seed. It also evaluates, logs and saves; the training is the same.
+# `grpo.train` with the same settings and seed. It also evaluates (here on the first 200 of the 500 problems that
+# `grpo.py` takes as a rule; they are a little easier), logs and saves; the training is the same.
 # %%
 library, evaluations, _ = experiments.run(SEED, eval_size=200, steps=STEPS)
 clear_output()

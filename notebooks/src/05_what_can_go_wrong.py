@@ -52,7 +52,7 @@ def show(arms, keys, yours=None):
 # Then all advantages are 0, and the group teaches nothing. Predict for the base, before any training: the share of such
 # dead groups among groups of 2 and of 16, and the share of groups of 16 with at least one right answer.
 # %%
-predict(dead_at_2=0.5, dead_at_16=0.5, pass_at_16=0.5)
+predict(dead_at_2=None, dead_at_16=None, pass_at_16=None)  # a number for each None
 # %%
 config = parse_config(["--config", str(PRESET), f"--seed={SEED}", "--prompts_per_step=100", "--device=cpu"])
 task = loading.load_task(config.task, config.task_args)
@@ -84,7 +84,7 @@ figure = show(["G = 2", "G = 4", "base", "G = 16"], ["reward", "zero_advantage_g
 # The same problems with parentheses around them, which the base has never seen there. How much does it lose *before*
 # any training, and does training repair it?
 # %%
-predict(wrapped_before=0.3, wrapped_after=0.5)
+predict(wrapped_before=None, wrapped_after=None)  # a number for each None
 # %%
 figure = show(["base", "wrapped"], ["correct", "worked", "zero_advantage_groups"])
 compare(wrapped_before=after("wrapped", "first"), wrapped_after=after("wrapped"))
@@ -94,7 +94,7 @@ compare(wrapped_before=after("wrapped", "first"), wrapped_after=after("wrapped")
 # stopping probability for right and one for wrong answers. Only when to stop can be learned, and nothing pays for it.
 # Predict how long wrong answers are after 250 steps; they start at 8 tokens.
 # %%
-predict(wrong_sequence=8, wrong_token=8, wrong_constant=8)
+predict(wrong_sequence=None, wrong_token=None, wrong_constant=None)  # a number for each None
 # %%
 def toy(kind, steps=250, cap=150):
     """Mean length of wrong answers at each step under these token weights."""
@@ -163,7 +163,7 @@ figure = show(["base", "no std"], ["reward", "zero_advantage_groups"])
 # Predict the share of right answers after 60 steps at 7e-4 (the base run), 3e-3 and 1e-2, and with a KL penalty of 0.1
 # at the last two. Then run one yourself.
 # %%
-predict(lr_3e3=0.5, lr_3e3_with_kl=0.5, lr_1e2=0.5, lr_1e2_with_kl=0.5)
+predict(lr_3e3=None, lr_3e3_with_kl=None, lr_1e2=None, lr_1e2_with_kl=None)  # a number for each None
 # %%
 # your turn: change a setting (python grpo.py --help has all), and run the cell again
 mine, _, _ = experiments.run(SEED, lr=1e-2, steps=20)
@@ -188,7 +188,7 @@ print("gradient norm of your last steps:", " ".join(norms))
 # predict the share of right answers after each. What `grpo.py` says before such a run: `python -m mathformer.train
 # --output weak --steps 1500`, then `python grpo.py --config configs/arithmetic.yaml --model weak --steps 0`.
 # %%
-predict(cap_8=0.2, weak_base=0.2)
+predict(cap_8=None, weak_base=None)  # a number for each None
 # %%
 figure = show(["base", "cap 8", "weak base"], ["correct", "worked", "zero_advantage_groups"])
 compare(cap_8=after("cap 8"), weak_base=after("weak base"))

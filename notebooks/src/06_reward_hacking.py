@@ -39,10 +39,10 @@ SEED = 0  # take another seed than your neighbour
 # %%
 print(inspect.getsource(experiments.Generous))
 # %% [markdown]
-# Three leaks at least. Predict, after 50 steps: the reward it measures (0.7 at the start), and the share of answers
-# that are right (0.48 at the start).
+# Three leaks at least. Predict, after 50 steps (the recorded runs go on to 60): the reward it measures (0.7 at the
+# start), and the share of answers that are right (0.48 at the start).
 # %%
-predict(reward=1.0, correct=0.5)
+predict(reward=None, correct=None)  # a number for each None
 # %%
 hacked, _, rollouts = experiments.run(SEED, steps=50, **experiments.ARMS["generous"])
 clear_output()
@@ -91,9 +91,10 @@ for what, (text, _) in EXPLOITS.items():
     print(f"{before:8.2f} {after:6.2f}  {what}: {text[:48]}")
 # %% [markdown]
 # ## Train with your verifier
-# The same settings, seed and number of steps. Predict the reward, and the share of right answers.
+# The same settings (a learning rate of 1e-3), seed and number of steps. Predict the reward and the share of right
+# answers.
 # %%
-predict(repaired_reward=0.5, repaired_correct=0.5)
+predict(repaired_reward=None, repaired_correct=None)  # a number for each None
 # %%
 class Repaired(ArithmeticTask):
     def reward(self, text, example):
@@ -106,7 +107,7 @@ clear_output()
 compare(**{f"repaired_{key}": sum(row[key] for row in repaired[-5:]) / 5 for key in ("reward", "correct")})
 # %%
 arms = {arm: [one["rows"] for one in recorded(arm)] for arm in ("generous", "repaired")}
-figure = viz.curves(arms, ["reward", "correct", "length"], {"yours": experiments.means_of_five(repaired)})
+figure = viz.curves(arms, ["correct", "length", "worked"], {"yours": experiments.means_of_five(repaired)})
 # %% [markdown]
 # ## A leak that nobody found
 # Paying 1 wherever the right number occurs, and nothing for equations, is a leak too: a list of all numbers would

@@ -44,7 +44,7 @@ metrics, evaluations, rollouts = read("metrics.jsonl"), read("eval.jsonl"), read
 # on at most 3 nested ones, and made to show its steps it solves half of these. 14 minutes on one busy core. Before you
 # look: where will pass@1 end, which starts at 0.30? At which step does it stop rising?
 # %%
-predict(pass_at_1=0.6, last_step_that_gained=500)
+predict(pass_at_1=None, last_step_that_gained=None)  # a number for each None
 # %%
 first, last = evaluations[0], evaluations[-1]
 steps = [row["step"] for row in evaluations]
@@ -93,7 +93,7 @@ for step in (1, 1000):
 # trainer has 16 bytes a parameter: weights, gradients and AdamW's two moments. Predict for the 3B model: how many GB is
 # that?
 # %%
-predict(trainer_gb=20)
+predict(trainer_gb=None)  # a number for each None
 # %%
 SHAPES = {  # from the models' config.json
     "Qwen2.5-0.5B": ("Qwen2", 896, 24, 14, 2, 64, 4864, True),
