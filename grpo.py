@@ -970,7 +970,7 @@ def setup(config: Config):
     kind = loading.choose_sampler(config, model_config, device)
     memory.check_memory(model_config, config, device, bf16, kind == "vllm")
     model, tokenizer = loading.load_model(name, config.gradient_checkpointing, config.trust_remote_code)
-    model.eval()
+    loading.limit_threads(model.eval())
     problems, eos = evaluation_problems(task, tokenizer, config), loading.find_eos(model, tokenizer)
     check_logits(model, problems[0].ids)
     torch.manual_seed(config.seed)

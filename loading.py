@@ -122,11 +122,17 @@ def load_model(name: str, gradient_checkpointing: bool = False, trust_remote_cod
         if not model.supports_gradient_checkpointing:
             raise UsageError(f"gradient_checkpointing is not there for {type(model).__name__}: leave it off")
         model.gradient_checkpointing_enable()
-    # On a CPU a tiny model gains nothing from a second thread, and threads of two such programs on one machine wait for
-    # each other: two default runs at a time took twenty times as long.
+    return model, tokenizer
+
+
+def limit_threads(model: nn.Module) -> None:
+    """One thread for a tiny model on a CPU, unless OMP_NUM_THREADS says otherwise.
+
+    It gains nothing from a second one, and threads of two such programs on one machine wait for each other: two default
+    runs at a time took twenty times as long.
+    """
     if sum(p.numel() for p in model.parameters()) < SINGLE_THREADED and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
-    return model, tokenizer
 
 
 def check_window(model_config, config: Config) -> None:

@@ -70,7 +70,7 @@ def play(run: Path, samples: int, seed: int) -> None:
     samplers = {}
     for title, name in (("base", config.model), ("trained", trained_model(run, config))):
         model, tokenizer = loading.load_model(name, trust_remote_code=config.trust_remote_code)
-        model.to(accelerator.device).eval()
+        loading.limit_threads(model.to(accelerator.device).eval())
         eos = loading.find_eos(model, tokenizer)
         samplers[title] = grpo.TorchSampler(model, eos, config.sample_rows, accelerator.autocast)
     problems, rng = task.eval(), random.Random(seed)

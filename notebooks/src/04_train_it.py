@@ -63,6 +63,7 @@ task = loading.load_task(config.task, config.task_args)
 def train(steps):
     """Metrics of each step, and the rollouts of the first and of the last."""
     model, tokenizer = loading.load_model(config.model)
+    loading.limit_threads(model)  # a model this small is as fast with one
     policy, sampler = grpo.Policy(model), grpo.TorchSampler(model, loading.find_eos(model, tokenizer))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0)
     metrics, kept = [], {}
