@@ -728,15 +728,15 @@ def token_weights(
 def microbatches(rollouts: list[Rollout], token_budget: int) -> list[list[Rollout]]:
     """Splits rows into batches of at most `token_budget` tokens, padding included; a longer row is a batch by itself.
 
-    Sorted by length first: neighbours are then of similar length and little is spent on padding.
+    Sorted by length, since padding costs as much as tokens do. For the same reason a batch of 2,048 tokens, enough to
+    keep a device busy, takes no row that is less than 3/4 as long as its longest.
     """
     batches: list[list[Rollout]] = []
     for rollout in sorted(rollouts, key=lambda r: -r.row_tokens):
-        # the first row of a batch is its longest
-        if batches and (len(batches[-1]) + 1) * batches[-1][0].row_tokens <= token_budget:
-            batches[-1].append(rollout)
-        else:
-            batches.append([rollout])
+        n, longest = (len(batches[-1]), batches[-1][0].row_tokens) if batches else (0, math.inf)
+        if (n + 1) * longest > token_budget or (n * longest >= 2048 and 4 * rollout.row_tokens < 3 * longest):
+            batches.append([])
+        batches[-1].append(rollout)
     return batches
 
 

@@ -374,6 +374,16 @@ def test_microbatches_fill_the_budget_and_lose_nothing(make_rollouts):
     assert [len(b) for b in grpo.microbatches(rollouts[:3], 1)] == [1, 1, 1]
 
 
+def test_microbatches_spend_little_on_padding_and_are_not_tiny():
+    rows = [grpo.Rollout([1] * 6, [3] * (1 + i), [0.0] * (1 + i), False) for i in range(100) for _ in range(4)]
+    batches = grpo.microbatches(rows, 16384)
+    assert sorted(map(id, sum(batches, []))) == sorted(map(id, rows))
+    padded = [len(batch) * batch[0].row_tokens for batch in batches]
+    assert max(padded) <= 16384 and min(padded[:-1]) >= 2048
+    assert sum(padded) < 1.25 * sum(r.row_tokens for r in rows), "two batches of 16,384 would be 1.6 times the tokens"
+    assert len(grpo.microbatches(rows, 1_000_000)) == len(batches) and len(grpo.microbatches(rows[-9:], 16384)) == 1
+
+
 def test_learning_rate_schedules(make_config):
     constant = make_config(lr=1.0, steps=10, warmup_steps=4)
     assert [grpo.learning_rate(constant, s) for s in (1, 2, 4, 5, 10)] == [0.25, 0.5, 1, 1, 1]
