@@ -2,7 +2,7 @@
 
     pip install -r requirements-test.txt && python benchmarks/against_trl.py
 
-One Qwen2 of 2.5 M parameters with random weights, the same prompts, 16 x 8 completions a step of at most 128 tokens,
+One Qwen2 of 2.8 M parameters with random weights, the same prompts, 16 x 8 completions a step of at most 128 tokens,
 the same reward, float32, token weights, no KL penalty, one update a batch, torch sampling in both. `ragged`: the model
 stops by itself, after 33 tokens on average. `fixed`: the end-of-sequence token is forbidden, all completions have 128
 tokens. The two programs run in turns, each in a process of its own; a figure is the median over a process's steps
@@ -122,7 +122,7 @@ def measure(program: str, model: str, lengths: str, steps: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "against_trl.md")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()

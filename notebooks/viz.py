@@ -13,7 +13,7 @@ def color(value: float, largest: float) -> str:
     return f"rgba({red},{green},{blue},{0.1 + 0.5 * share if value else 0:.2f})"
 
 
-def strip(tokens: list[str], values: list[float], label: str = "", largest: float | None = None) -> str:
+def strip(tokens: list[str], values: list[float], largest: float | None = None) -> str:
     """One row of tokens as HTML, each with its value as colour and as tooltip."""
     largest = max(map(abs, values), default=0.0) if largest is None else largest
     spans = "<wbr>".join(
@@ -21,7 +21,7 @@ def strip(tokens: list[str], values: list[float], label: str = "", largest: floa
         f"{html.escape(token)}</span>"
         for token, value in zip(tokens, values, strict=True)
     )
-    return f'<div style="font-family:monospace;line-height:1.9;color:inherit">{html.escape(label)} {spans}</div>'
+    return f'<div style="font-family:monospace;line-height:1.9;color:inherit">{spans}</div>'
 
 
 def group_table(group: list, tokenizer) -> HTML:
@@ -32,7 +32,7 @@ def group_table(group: list, tokenizer) -> HTML:
     for r in group:
         tokens = tokenizer.tokenize(r["completion"]) + [tokenizer.eos_token] * (not r["truncated"])
         rows += f"<tr><td>{r['reward']:.2f}</td><td>{r['advantage']:+.2f}</td><td>{r['length']}</td>"
-        colored = strip(tokens, [r["advantage"]] * len(tokens), "", largest)
+        colored = strip(tokens, [r["advantage"]] * len(tokens), largest)
         rows += f"<td style='text-align:left;max-width:44em'>{colored}</td></tr>"
     head = "<tr><th>reward</th><th>A</th><th>length</th><th style='text-align:left'>completion</th></tr>"
     return HTML(f"<p><code>{html.escape(group[0]['prompt'])}</code></p><table>{head}{rows}</table>")
