@@ -15,7 +15,8 @@ can be used for more than one update. One step:
 
 There is no learned reward model, no critic and no replay. Lines that a student will want to change are marked
 `# GRPO:`. What is not the algorithm is next door: settings.py (every setting, from command line and YAML), loading.py
-(task, model, device), memory.py (what a run needs of a card), run_folder.py (logs, checkpoints, curves).
+(task, model, device), optimizers.py (AdamW in three sizes), memory.py (what a run needs of a card), parallel.py
+(several processes), run_folder.py (logs, checkpoints, curves), kv_cache.py (a cache that grows in place).
 
     python grpo.py                              arithmetic on a CPU, about a minute, no download
     python grpo.py --steps 0                    evaluate, show one group of completions, stop
@@ -24,6 +25,7 @@ There is no learned reward model, no critic and no replay. Lines that a student 
     python grpo.py --help                       every setting
 """
 
+import copy
 import math
 import os
 import random
@@ -43,14 +45,16 @@ if sys.platform == "darwin":  # before torch is imported: operations that Apple'
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
+import kv_cache
 import loading
 import memory
+import optimizers
+import parallel
 import run_folder
 from run_folder import RunFolder
 from settings import Config, Sampling, UsageError, parse_config
@@ -137,49 +141,16 @@ def keep_top(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
     return logits
 
 
-class GrowingLayer(DynamicLayer):
-    """A layer of the key-value cache, with spare room behind its tokens: a new token is written there.
-
-    The layer that it replaces makes a new tensor of all keys and values for each new token and for each row that ends,
-    which is most of the time that a small model needs for sampling.
-    """
-
-    def __init__(self, layer: DynamicLayer):
-        super().__init__()
-        self.lazy_initialization(layer.keys, layer.values)
-        self.keys, self.values = layer.keys, layer.values  # views of the used part, [B, heads, tokens, D]
-        self.room = {"keys": layer.keys, "values": layer.values}
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        for name, states in (("keys", key_states), ("values", value_states)):
-            held = getattr(self, name)
-            used, end = held.shape[2], held.shape[2] + states.shape[2]
-            if end > self.room[name].shape[2]:  # a quarter more each time: copied now and then, and little is unused
-                self.room[name] = held.new_empty(*held.shape[:2], end + max(4, end // 4), held.shape[3])
-                self.room[name][:, :, :used] = held
-            self.room[name][:, :, used:end] = states
-            setattr(self, name, self.room[name][:, :, :end])
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Row i becomes what row `indices[i]` was; only rows that change are copied."""
-        changed = (indices != torch.arange(len(indices), device=indices.device)).nonzero()[:, 0]
-        for name in ("keys", "values"):
-            held = getattr(self, name)
-            held[changed] = held[indices[changed]]
-            setattr(self, name, held[: len(indices)])
-            self.room[name] = self.room[name][: len(indices)]
-
-
 class TorchSampler:
     """Samples with the trainer's own model, on any device, by hand.
 
     Each prompt goes through the model once; its G completions share that key-value cache. Rows that are finished
-    leave the batch, so that a step costs the tokens that are still being written and no more.
+    leave the batch, so that a step costs the tokens that are still being written and no more. Where `source` is another
+    model, `model` is a copy: of one that is spread over processes (FSDP), from which none can sample by itself.
     """
 
-    def __init__(self, model: nn.Module, eos_ids: list[int], sample_rows: int = 256, autocast=nullcontext):
-        self.model, self.sample_rows, self.autocast = model, sample_rows, autocast
+    def __init__(self, model: nn.Module, eos_ids: list[int], sample_rows=256, autocast=nullcontext, source=None):
+        self.model, self.sample_rows, self.autocast, self.source = model, sample_rows, autocast, source
         self.device = next(model.parameters()).device
         self.eos = torch.tensor(eos_ids, device=self.device)
         self.generator = torch.Generator(self.device)  # its own, so that sampling does not depend on anything else
@@ -187,8 +158,12 @@ class TorchSampler:
     def sleep(self) -> None:
         """Called before each update."""
 
+    @torch.no_grad()
     def sync(self) -> None:
-        """Called after each update. Nothing to do: these are the trainer's own weights."""
+        """Called after each update. These are the trainer's own weights already, but for a copy."""
+        if self.source not in (None, self.model):
+            for p, (_, weight) in zip(self.model.parameters(), parallel.whole_weights(self.source), strict=True):
+                p.copy_(weight)
 
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], group_size: int, sampling: Sampling, seed: int) -> list[Rollout]:
@@ -212,8 +187,7 @@ class TorchSampler:
         if logits.isnan().any():
             raise UsageError("the model's logits are not numbers: it has diverged. Go back to a checkpoint, lower lr")
         cache.batch_repeat_interleave(group_size)
-        if type(cache) is DynamicCache:  # models with other kinds of memory keep their own
-            cache.layers = [GrowingLayer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        kv_cache.make_room(cache)
         logits, mask = logits.repeat_interleave(group_size, 0), mask.repeat_interleave(group_size, 0)
 
         B = len(prompts) * group_size
@@ -274,12 +248,12 @@ class VLLMSampler:
         self.model, self.eos, self.params = model, eos_ids, vllm.SamplingParams
         self.on_cpu, self.sleeps, self.asleep = not torch.cuda.is_available(), config.vllm_sleep, False
         longest = config.max_prompt_tokens + config.max_completion_tokens + 32  # the evaluation may add a prefix
-        free = memory.free_memory(next(model.parameters()).device)
+        free, processes = memory.free_memory(next(model.parameters()).device), PartialState().num_processes
         settings = dict(
             dtype="bfloat16" if bf16 else "float32",
             hf_overrides={"head_dtype": "float32"},  # logits in float32, as the trainer's are
             max_model_len=min(longest, getattr(model.config, "max_position_embeddings", longest)),
-            kv_cache_memory_bytes=memory.vllm_cache_bytes(memory.Shape.of(model.config), config, bf16, free),
+            kv_cache_memory_bytes=memory.vllm_cache_bytes(memory.Shape.of(model.config), config, bf16, free, processes),
             gpu_memory_utilization=0.05,  # only checked against: the line above says what is taken
             logprobs_mode="processed_logprobs",  # of the distribution that is sampled from, temperature included
             generation_config="vllm",  # and not sampling settings that a model brings along
@@ -323,7 +297,7 @@ class VLLMSampler:
         if self.asleep:
             torch.cuda.empty_cache()  # what the update has used goes back to the card, which vLLM now takes from
             self.llm.wake_up(["weights"])
-        weights = iter(self.model.named_parameters())
+        weights = parallel.whole_weights(self.model)
         self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=weights))
         if self.on_cpu and self.model.config.tie_word_embeddings:
             # vLLM's CPU build keeps the head in a packed copy, which the reload leaves as it was
@@ -337,6 +311,7 @@ class VLLMSampler:
 
 def logp_gap(policy: nn.Module, accelerator: Accelerator, config: Config, rollouts: list[Rollout]) -> float:
     """Mean absolute difference of the sampler's log-probs and the policy's, over all tokens."""
+    rollouts = parallel.join(rollouts)
     add_logps("old_logps", policy, rollouts, accelerator, config)
     return average(abs(a - b) for r in rollouts for a, b in zip(r.logps, r.old_logps, strict=True))
 
@@ -385,8 +360,10 @@ def complete(
 ) -> list[Rollout]:
     """`group_size` completions of each problem, as the task's verifier judges them; those of a problem are neighbours.
 
-    `prefix` goes between the prompt and the completion, and is judged with it.
+    `prefix` goes between the prompt and the completion, and is judged with it. Of several processes each takes a share
+    of the problems, and gets the rollouts of all.
     """
+    problems, seed = parallel.share(problems), seed + 7_368_787 * PartialState().process_index
     behind = tokenizer(prefix, add_special_tokens=False)["input_ids"] if prefix else []
     rollouts = sampler.generate([problem.ids + behind for problem in problems], group_size, sampling, seed)
     for i, rollout in enumerate(rollouts):
@@ -396,7 +373,7 @@ def complete(
         rollout.prompt, rollout.text = problem.prompt, getattr(task, "prefill", "") + prefix + completion
         rollout.parts = judge(task, rollout.text, problem)
         rollout.reward = float(rollout.parts["reward"])  # GRPO: whatever the task pays
-    return rollouts
+    return parallel.join(rollouts)
 
 
 def judge(task, text: str, problem: Problem) -> dict:
@@ -551,6 +528,7 @@ class Policy(nn.Module):
     def __init__(self, model: nn.Module, temperature: float = 1.0, entropy_gradient: bool = False):
         super().__init__()
         self.model, self.temperature, self.entropy_gradient = model, temperature, entropy_gradient
+        self._no_split_modules = model._no_split_modules  # the layers, which FSDP takes as its units
 
     def forward(
         self, ids: torch.Tensor, prompt_lengths: torch.Tensor, lengths: torch.Tensor
@@ -740,6 +718,19 @@ def microbatches(rollouts: list[Rollout], token_budget: int) -> list[list[Rollou
     return batches
 
 
+def own_microbatches(rollouts: list[Rollout], token_budget: int) -> list[tuple[list[Rollout], bool]]:
+    """The microbatches of this process, and whether they count.
+
+    The rows are dealt out by length. Every process gets equally many microbatches, since a pass through the model may
+    be something they do together: where one has none left, it takes a short row along that does not count.
+    """
+    rows, state = sorted(rollouts, key=lambda r: -r.row_tokens), PartialState()
+    n = state.num_processes
+    of_all = [microbatches(rows[i::n], token_budget) for i in range(n)]
+    own = [(batch, True) for batch in of_all[state.process_index]]
+    return own + [(rows[-1:], False)] * (max(map(len, of_all)) - len(own))
+
+
 def pad(rows: list[list], device) -> torch.Tensor:
     """Lists of unequal length to a tensor [B, longest], with zeros on the right."""
     longest = max(map(len, rows))
@@ -760,11 +751,14 @@ def add_logps(name: str, policy: nn.Module, rollouts: list[Rollout], accelerator
     """Sets the field `name` of each rollout to its tokens' log-probs under `policy`, which goes back where it was."""
     home = next(policy.parameters()).device
     policy.to(accelerator.device).eval()
-    for batch in microbatches(rollouts, config.tokens_per_microbatch):
+    place, found = {id(rollout): i for i, rollout in enumerate(rollouts)}, []
+    for batch, counts in own_microbatches(rollouts, config.tokens_per_microbatch):
         with accelerator.autocast():
             logps, _ = policy(**policy_inputs(batch, accelerator.device))
-        for rollout, row in zip(batch, logps.tolist(), strict=True):
-            setattr(rollout, name, row[: rollout.length])
+        if counts:
+            found += [(place[id(r)], row[: r.length]) for r, row in zip(batch, logps.tolist(), strict=True)]
+    for i, row in parallel.join(found):
+        setattr(rollouts[i], name, row)
     policy.to(home)
 
 
@@ -833,7 +827,7 @@ def update(
     policy.train()  # gradient checkpointing acts only in training mode; dropout was set to 0 when the model was loaded
     order = random.Random(f"{config.seed}/{step}/minibatches")
     sums: Counter[str] = Counter()
-    before_any_update, grad_norms, ratio_max, skipped, not_finite = Counter(), [], 1.0, 0, 0
+    before_any_update, grad_norms, ratio_max, skipped, not_finite = None, [], 1.0, 0, 0
     for _ in range(config.epochs):
         rows = order.sample(rollouts, len(rollouts))
         size = len(rows) // config.minibatches
@@ -846,15 +840,19 @@ def update(
             kept = [r for r in minibatch if not (r.dead and config.drops_dead_groups)]
             if config.dead_groups_teach_nothing and all(r.dead for r in kept):
                 kept = []  # or AdamW's momentum would move the weights
-            for batch in microbatches(kept, config.tokens_per_microbatch):
-                loss, numbers = batch_loss(policy, batch, config, accelerator.device, total_tokens, len(minibatch))
-                accelerator.backward(loss)
-                ratio_max = max(ratio_max, numbers.pop("ratio_max"))
-                sums.update(numbers)
-            if not before_any_update:  # those that were skipped are none
+            batches = own_microbatches(kept, config.tokens_per_microbatch)
+            for i, (batch, counts) in enumerate(batches, start=1):
+                with parallel.holds_gradients(accelerator, policy, last=i == len(batches)):
+                    loss, numbers = batch_loss(policy, batch, config, accelerator.device, total_tokens, len(minibatch))
+                    # the weights are those of the whole step, and the processes' gradients get averaged
+                    accelerator.backward(loss * accelerator.num_processes * counts)
+                if counts:
+                    ratio_max = max(ratio_max, numbers.pop("ratio_max"))
+                    sums.update(numbers)
+            if kept and before_any_update is None:
                 before_any_update = Counter(sums)
             if kept:
-                grad_norms.append(accelerator.clip_grad_norm_(policy.parameters(), config.grad_clip).item())
+                grad_norms.append(float(accelerator.clip_grad_norm_(policy.parameters(), config.grad_clip)))
             if not kept:
                 skipped += 1
             elif math.isfinite(grad_norms[-1]):
@@ -862,6 +860,8 @@ def update(
             else:
                 not_finite += 1
             optimizer.zero_grad()
+
+    sums, before_any_update = parallel.total(sums), parallel.total(before_any_update or Counter())
 
     def per_token(key: str, over: Counter) -> float | None:
         return over[key] / over["tokens"] if over["tokens"] else None
@@ -872,10 +872,10 @@ def update(
         "kl_coef": config.kl_coef,
         "entropy": per_token("entropy", sums),
         "grad_norm": average(grad_norms),
-        "lr": optimizer.param_groups[0]["lr"],
+        "lr": learning_rate(config, step),
         "clipped_low": per_token("clipped_low", sums),
         "clipped_high": per_token("clipped_high", sums),
-        "ratio_max": ratio_max,
+        "ratio_max": max(parallel.join([ratio_max])),
         # these two compare the sampler with the trainer, which are the same model only until the first update, and
         # the same distribution only where the sampler leaves no token out
         "sampler_kl": per_token("sampler_kl", before_any_update) if config.samples_all_tokens else None,
@@ -961,22 +961,22 @@ def setup(config: Config):
     """Everything that a run needs, checked before any long work and before a folder is made."""
     task = loading.load_task(config.task, config.task_args, config.reward_seconds)
     accelerator = loading.make_accelerator(config)
-    folder = RunFolder(Path(config.resume)) if config.resume else None
+    folder = RunFolder(Path(config.resume), accelerator.is_main_process) if config.resume else None
     checkpoint = folder.newest_whole(config.steps) if folder else None
     name = str(checkpoint or config.model)
     model_config = loading.load_model_config(name, config.trust_remote_code)
     loading.check_window(model_config, config)
     device, bf16 = accelerator.device, accelerator.mixed_precision == "bf16"
     kind = loading.choose_sampler(config, model_config, device)
-    memory.check_memory(model_config, config, device, bf16, kind == "vllm")
+    memory.check_memory(model_config, config, accelerator, kind == "vllm")
     model, tokenizer = loading.load_model(name, config.gradient_checkpointing, config.trust_remote_code)
     loading.limit_threads(model.eval())
     problems, eos = evaluation_problems(task, tokenizer, config), loading.find_eos(model, tokenizer)
     check_logits(model, problems[0].ids)
     torch.manual_seed(config.seed)
     policy = Policy(model, config.temperature, entropy_gradient=config.entropy_coef > 0)
-    fused = device.type == "cuda"  # one kernel, without a copy of all moments on the way
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=fused)
+    optimizer = optimizers.make_optimizer(policy, config, accelerator)
+    of_sampler = copy.deepcopy(model).to(device) if accelerator.is_fsdp2 and kind == "torch" else model
     policy, optimizer = accelerator.prepare(policy, optimizer)
     if kind == "vllm":
         sampler = VLLMSampler(loading.local_name(name), model, eos, config, bf16)
@@ -984,16 +984,16 @@ def setup(config: Config):
         prompts, gap = [problem.ids for problem in problems], partial(logp_gap, policy, accelerator, config)
         loading.check_sampler(sampler, policy, prompts, gap, config)
     else:
-        sampler = TorchSampler(model, eos, config.sample_rows, accelerator.autocast)
+        sampler = TorchSampler(of_sampler, eos, config.sample_rows, accelerator.autocast, source=model)
     reference = None
     if config.kl_coef > 0:
         original, _ = loading.load_model(config.model, trust_remote_code=config.trust_remote_code)
-        reference = Policy(original, config.temperature).requires_grad_(False)
+        reference = Policy(original, config.temperature).requires_grad_(False).to(next(policy.parameters()).dtype)
         reference.to("cpu" if config.offload_reference else accelerator.device)
-    folder = folder or RunFolder.create(config)
-    state = folder.resume(checkpoint, optimizer)
+    folder = folder or RunFolder.create(config, accelerator.is_main_process)
+    state = folder.resume(checkpoint, optimizer, parallel.engine(policy))
     folder.start(config, state["step"])
-    run_folder.announce(config, folder.path, model, device, checkpoint)
+    run_folder.announce(config, folder.path, model, accelerator, checkpoint)
     return task, accelerator, model, tokenizer, problems, policy, optimizer, sampler, reference, folder, state
 
 
@@ -1007,9 +1007,10 @@ def train(config: Config) -> dict[str, Any]:
     def save_checkpoint():
         folder.save_checkpoint(step, model, tokenizer, optimizer, config.keep_last, tokens=tokens, kl_coef=kl_coef)
 
-    bar = tqdm(total=config.steps, initial=step, unit="step", dynamic_ncols=True, disable=not config.steps)
+    shown = config.steps and accelerator.is_main_process
+    bar = tqdm(total=config.steps, initial=step, unit="step", dynamic_ncols=True, disable=not shown)
     with run_folder.finish_step_on_signal() as stop:
-        while not stop.is_set():
+        while not parallel.any_process(stop.is_set()):
             is_due = step in (0, config.steps) or (config.eval_steps and step % config.eval_steps == 0)
             if is_due and (not evaluations or evaluations[-1]["step"] < step):
                 row, details = evaluate(sampler, tokenizer, task, problems, config, step)
@@ -1017,7 +1018,7 @@ def train(config: Config) -> dict[str, Any]:
                 evaluations.append(row)
                 if step == 0 or step < config.steps:  # the last one is shown beside the first
                     tqdm.write(run_folder.evaluation_table([row]) + ("" if step else f"\n  {run_folder.verdict(row)}"))
-            if step == config.steps or stop.is_set():
+            if step == config.steps or parallel.any_process(stop.is_set()):
                 break
 
             step += 1
@@ -1066,7 +1067,7 @@ def train(config: Config) -> dict[str, Any]:
     result = dict(first=evaluations[0] if evaluations else None, last=evaluations[-1] if evaluations else None)
     result |= dict(seconds=round(time.time() - started, 1), tokens=tokens, run=folder.path)
     if not evaluations or evaluations[-1]["step"] < config.steps:
-        if folder.path / f"checkpoint-{step}" not in folder.checkpoints():
+        if not parallel.of_main_process(folder.path / f"checkpoint-{step}" in folder.checkpoints()):
             save_checkpoint()
         print(f"stopped after step {step}; go on with: python grpo.py --resume {folder.path}")
         return result | {"interrupted": True}
@@ -1080,7 +1081,7 @@ def train(config: Config) -> dict[str, Any]:
         weights = token_weights(lengths, config.loss_weight, config.max_completion_tokens, total_rows=rows)
         run_folder.show_group(rollouts, weights.tolist(), tokenizer, config.group_size)
         return result
-    final = folder.save_final(model, tokenizer, config, evaluations)
+    final = folder.save_final(model, tokenizer, optimizer, config, evaluations)
     print(run_folder.evaluation_table([evaluations[0], evaluations[-1]]))
     print(f"{time.time() - started:.0f} s; model and curves: {final}, all of it: python report.py {folder.path}")
     return result
@@ -1090,7 +1091,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         result = train(parse_config(sys.argv[1:] if argv is None else argv))
     except UsageError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {parallel.name_of_process()}{error}")
     except KeyboardInterrupt:  # outside the steps, or a second time inside one
         sys.exit(130)
     sys.exit(130 if result.get("interrupted") else 0)

@@ -7,6 +7,7 @@ from transformers import BloomConfig, BloomForCausalLM, Gemma2Config, Gemma2ForC
 from transformers.cache_utils import DynamicLayer
 
 import grpo
+import kv_cache
 import loading
 
 EOS = 2
@@ -33,14 +34,14 @@ def test_sampler_and_trainer_agree_on_ragged_rows(model, name, temperature):
 @pytest.mark.parametrize("name", ["mathformer", "qwen2"])
 def test_a_long_completion_outgrows_the_cache_more_than_once(model, name, monkeypatch):
     model = model if name == "mathformer" else other_model(name)
-    rooms, update = set(), grpo.GrowingLayer.update
+    rooms, update = set(), kv_cache.GrowingLayer.update
 
     def watched(self, *args, **kwargs):
         result = update(self, *args, **kwargs)
         rooms.add(self.room["keys"].shape[2])
         return result
 
-    monkeypatch.setattr(grpo.GrowingLayer, "update", watched)
+    monkeypatch.setattr(kv_cache.GrowingLayer, "update", watched)
     rollouts = sample(model, max_tokens=90, group_size=16)
     assert len(rooms) >= 2 and len({r.length for r in rollouts}) > 6
     for r in rollouts:
@@ -51,7 +52,7 @@ def test_growing_layer_equals_the_layer_it_replaces():
     generator = torch.Generator().manual_seed(0)
     plain = DynamicLayer()
     plain.update(*torch.randn(2, 6, 2, 5, 4, generator=generator))
-    growing = grpo.GrowingLayer(plain)
+    growing = kv_cache.GrowingLayer(plain)
     for indices in ([0, 1, 2, 3, 4, 5], [0, 5, 2, 3], [3, 1], [0]):
         for layer in (plain, growing):
             layer.batch_select_indices(torch.tensor(indices))
