@@ -13,9 +13,17 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    parse_flag_from_env,
+)
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 import trackers
 from run_folder import time_limit
@@ -147,8 +155,10 @@ def check_window(model_config, config: Config) -> None:
 
 def find_eos(model, tokenizer) -> list[int]:
     """Every token that ends an answer: chat models often have more than one."""
-    ids = model.generation_config.eos_token_id
-    named = {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
+    named = {tokenizer.eos_token_id}
+    for ids in (model.generation_config.eos_token_id, model.config.eos_token_id):  # vLLM stops at the latter's too
+        named |= set(ids if isinstance(ids, list) else [ids])
+    named -= {None}
     eos = {token for token in named if token < model.get_input_embeddings().num_embeddings}
     if not eos:
         raise UsageError(
@@ -159,18 +169,54 @@ def find_eos(model, tokenizer) -> list[int]:
 
 
 def make_accelerator(config: Config) -> Accelerator:
-    """Device and precision; a UsageError if they, or the trackers of `report_to`, are not there."""
+    """Device, precision and processes; a UsageError if they, or the trackers of `report_to`, are not there."""
     trackers.chosen(config.report_to)
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not present.get(config.device, True):
         here = ", ".join(device for device in present if present[device])
         raise UsageError(f"there is no device {config.device!r} here, only {here}")
     on_cuda = present["cuda"] and config.device in ("auto", "cuda")
+    on_cpu = config.device == "cpu" or not (present["cuda"] or present["mps"])
     has_bf16 = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     if config.precision == "bf16" and on_cuda and not has_bf16:
         raise UsageError("this GPU has no bf16: use --precision fp32")
     use_bf16 = {"auto": has_bf16, "fp32": False, "bf16": True}[config.precision]
-    return Accelerator(cpu=config.device == "cpu", mixed_precision="bf16" if use_bf16 else "no")
+    started, here = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if on_cuda and here > torch.cuda.device_count():
+        raise UsageError(
+            f"{here} processes were started on this machine, each needs a GPU, and it has {torch.cuda.device_count()}: "
+            "accelerate launch --num_processes N"
+        )
+    if started > config.prompts_per_step:
+        raise UsageError(f"{started} processes are to share {config.prompts_per_step} prompts_per_step: start fewer")
+    buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # or DDP would hold all gradients twice
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision="bf16" if use_bf16 else "no", kwargs_handlers=[buckets])
+    if accelerator.num_processes != started:  # they would be runs of their own, each like the others
+        raise UsageError(f"{started} processes on {accelerator.device} cannot work together: try --device cpu")
+    if accelerator.distributed_type == DistributedType.MULTI_CPU:
+        shard_on_cpu(accelerator)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        accelerator.deepspeed_plugin.deepspeed_config["gradient_clipping"] = config.grad_clip
+        accelerator.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1  # it insists on a number
+    if use_bf16 and on_cuda:
+        # the logits are products of float32; without this they would take longer than the rest of the model
+        torch.set_float32_matmul_precision("high")
+    if not accelerator.is_main_process:
+        sys.stdout = open(os.devnull, "w")  # one process talks; the errors of all are seen
+    return accelerator
+
+
+def shard_on_cpu(accelerator: Accelerator) -> None:
+    """FSDP or DeepSpeed as the launch asks for them, which accelerate has for GPUs only: here one can try and test."""
+    state = accelerator.state
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
+    elif parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        state.deepspeed_plugins = DeepSpeedPlugin()
+        state.deepspeed_plugins.set_mixed_precision(accelerator.mixed_precision)
+        PartialState().distributed_type = state.distributed_type = DistributedType.DEEPSPEED
+        state.deepspeed_plugins.select(_from_accelerator_state=True)
 
 
 def choose_sampler(config: Config, model_config, device: torch.device) -> str:
@@ -224,16 +270,17 @@ def check_sampler(sampler, policy: nn.Module, prompts: list[list[int]], gap, con
         return rollouts
 
     before = require_equal("at the start")
-    true = [p.detach().to("cpu", copy=True) for p in policy.parameters()]
+    own = [p.to_local() if isinstance(p, DTensor) else p for p in policy.parameters()]  # the parts of this process
+    true = [p.detach().to("cpu", copy=True) for p in own]
     generator = torch.Generator().manual_seed(config.seed)
     scale = 0.05
     while gap(before) < 0.5 and scale < 10:
-        for p, value in zip(policy.parameters(), true, strict=True):
+        for p, value in zip(own, true, strict=True):
             p.copy_(value + scale * value.abs().mean() * torch.randn(value.shape, generator=generator))
         scale *= 2
     sampler.sync()
     require_equal("after the weights were changed")
-    for p, value in zip(policy.parameters(), true, strict=True):
+    for p, value in zip(own, true, strict=True):
         p.copy_(value)
     sampler.sync()
     require_equal("after the weights were set back")

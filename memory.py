@@ -1,16 +1,20 @@
 """What a run needs of a card's memory, by arithmetic, before anything is loaded.
 
-With N parameters, the trainer holds 4N bytes of float32 weights, 4N of gradients and 8N of AdamW's moments; under bf16
-autocast, 2N of bf16 copies of what is multiplied. What a token adds to a layer was read off the tensors that autograd
-keeps for Qwen2, Qwen3 and Llama (tests/test_memory.py compares). What vLLM and CUDA take besides is an estimate.
+With N parameters, the trainer holds 4N bytes of float32 weights, 4N of gradients and 8N of AdamW's moments, or less
+with another `optimizer`; under bf16 autocast, 2N of bf16 copies of what is multiplied. What a token adds to a layer was
+read off the tensors that autograd keeps for Qwen2, Qwen3 and Llama. tests/test_memory.py compares that, and the whole
+of the training column with what an update really holds. What vLLM and CUDA take besides is an estimate.
 """
 
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
 import psutil
 import torch
 import transformers
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 from settings import Config, UsageError
 
@@ -72,37 +76,64 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
-def vllm_cache_bytes(shape: Shape, config: Config, bf16: bool, free: int) -> int:
+def vllm_cache_bytes(shape: Shape, config: Config, bf16: bool, free: int, processes: int) -> int:
     """vLLM's key-value cache: as set, or what a step's completions need, at least 0.1 GB, at most half of `free`."""
     if config.kv_cache_gb:
         return int(1e9 * config.kv_cache_gb)
-    tokens = config.prompts_per_step * config.group_size * (config.max_prompt_tokens + config.max_completion_tokens)
+    rows = math.ceil(config.prompts_per_step / processes) * config.group_size
+    tokens = rows * (config.max_prompt_tokens + config.max_completion_tokens)
     return int(min(max(1.2 * tokens * shape.cache_bytes(bf16), 1e8), free / 2))
 
 
-def needs(shape: Shape, config: Config, bf16: bool, vllm: bool, on_gpu: bool, free: int) -> dict[str, list[float]]:
-    """Bytes of each part while sampling, in the pass of the reference, and in the update."""
+class Spread(NamedTuple):
+    """Over how many processes the parts of the trainer are spread; each has a card of its own."""
+
+    processes: int = 1
+    weights: int = 1  # FSDP: all processes
+    gradients: int = 1
+    moments: int = 1  # DeepSpeed ZeRO-2: gradients and moments
+
+    @classmethod
+    def of(cls, accelerator: Accelerator) -> "Spread":
+        n, kind = accelerator.num_processes, accelerator.distributed_type
+        if kind == DistributedType.FSDP:
+            return cls(n, n, n, n)
+        return cls(n, 1, n, n) if kind == DistributedType.DEEPSPEED else cls(n)
+
+
+# bytes a parameter on the card: weights, gradients, AdamW's moments; and what is on the CPU instead
+OPTIMIZER_BYTES = {"adamw": (4, 4, 8, 0), "adamw_8bit": (2, 2, 2, 0), "adamw_offload": (2, 2, 0, 12)}
+
+
+def needs(
+    shape: Shape, config: Config, bf16: bool, vllm: bool, on_gpu: bool, free: int, spread: Spread
+) -> dict[str, list[float]]:
+    """Bytes of each part, on the card of one process, while sampling, in the pass of the reference, in the update."""
     n, s = shape.parameters, shape
     longest = config.max_prompt_tokens + config.max_completion_tokens
-    rows = config.prompts_per_step * config.group_size
+    rows = math.ceil(config.prompts_per_step / spread.processes) * config.group_size
+    weights, gradients, moments, on_cpu = OPTIMIZER_BYTES[config.optimizer]
+    half = bf16 or weights == 2  # what the trainer computes in
     tokens = max(longest, min(config.tokens_per_microbatch, rows * longest))
-    reference = 4 * n if config.kl_coef else 0
+    reference = weights * n if config.kl_coef else 0
     on_card = not (config.offload_reference and on_gpu)  # on a CPU it is in the same memory, wherever it is
-    copies = 2 * (n - s.embeddings) if bf16 else 0
+    copies = 2 * (n - s.embeddings) if bf16 and weights == 4 else 0
     logits = 3 * 4 * min(LOGITS_CHUNK, tokens) * s.vocabulary
+    # with gradient checkpointing, the logits are gone when the activations of a layer are made again
+    again = tokens * s.activation_bytes(half, False) / s.layers if config.gradient_checkpointing else 0
     awake = not config.vllm_sleep
     vllm_weights = n * (2 if bf16 else 4) if vllm else 0
-    cache = vllm_cache_bytes(shape, config, bf16, free) if vllm else 0
+    cache = vllm_cache_bytes(shape, config, bf16, free, spread.processes) if vllm else 0
     sample_rows = max(config.sample_rows, config.group_size, config.eval_samples)  # the evaluation fills them
-    torch_cache = 0 if vllm else 1.25 * sample_rows * longest * s.cache_bytes(bf16)
+    torch_cache = 0 if vllm else 1.25 * sample_rows * longest * s.cache_bytes(half)
     table = {
-        "weights, float32": [4 * n] * 3,
-        "AdamW": [8 * n] * 3,
-        "gradients": [0, 0, 4 * n],
+        "weights": [weights * n / spread.weights] * 3,
+        "AdamW": [moments * n / spread.moments + (0 if on_gpu else on_cpu * n)] * 3,
+        "gradients": [0, 0, gradients * n / spread.gradients],
         "reference": [reference * on_card, reference, reference * on_card],
         "bf16 copies of the weights": [0 if vllm else copies, copies, copies],
-        "activations": [0, 0, tokens * s.activation_bytes(bf16, config.gradient_checkpointing)],
-        "logits": [0 if vllm else 3 * 4 * sample_rows * s.vocabulary, logits, logits],
+        "activations": [0, 0, tokens * s.activation_bytes(half, config.gradient_checkpointing)],
+        "logits": [0 if vllm else 3 * 4 * sample_rows * s.vocabulary, logits, max(logits - again, 0)],
         "vLLM: weights": [vllm_weights, awake * vllm_weights, awake * vllm_weights],
         "key-value cache": [cache or torch_cache, awake * cache, awake * cache],
         "vLLM: the rest": [VLLM_REST if vllm and on_gpu else 0] * 3,
@@ -115,7 +146,7 @@ def peak(table: dict[str, list[float]]) -> float:
     return max(map(sum, zip(*table.values(), strict=True)))
 
 
-def check_memory(model_config, config: Config, device: torch.device, bf16: bool, vllm: bool) -> None:
+def check_memory(model_config, config: Config, accelerator: Accelerator, vllm: bool) -> None:
     """Prints what the run needs beside what is free, and what to lower if that may be too little.
 
     Small models are passed over in silence.
@@ -123,10 +154,12 @@ def check_memory(model_config, config: Config, device: torch.device, bf16: bool,
     Raises:
         UsageError: it needs clearly more than there is.
     """
-    shape, free, on_gpu = Shape.of(model_config), free_memory(device), device.type == "cuda"
+    shape, free, on_gpu = Shape.of(model_config), free_memory(accelerator.device), accelerator.device.type == "cuda"
+    bf16, spread = accelerator.mixed_precision == "bf16", Spread.of(accelerator)
+    free //= 1 if on_gpu else spread.processes  # that of the machine is for all
 
     def table_of(config: Config) -> dict[str, list[float]]:
-        return needs(shape, config, bf16, vllm, on_gpu, free)
+        return needs(shape, config, bf16, vllm, on_gpu, free, spread)
 
     table = table_of(config)
     if (needed := peak(table)) < 2e9:
@@ -152,7 +185,8 @@ def lower(table_of, config: Config, limit: float, can_sleep: bool) -> str:
     steps += [("tokens_per_microbatch", longest)]
     changed: dict[str, object] = {}
     now = peak(table_of(config))
-    for name, value in steps * 2:  # twice: a setting may help only after another, where the peak then is elsewhere
+    # twice: a setting may help only after another, where the peak then is elsewhere
+    for name, value in [*steps, *steps, ("optimizer", "adamw_8bit"), ("optimizer", "adamw_offload")]:
         trial = replace(config, **{name: value})
         if (then := peak(table_of(trial))) < 0.99 * now:
             config, now = trial, then

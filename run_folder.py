@@ -26,22 +26,31 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+import parallel
 from model_card import model_card
+from optimizers import load_moments, packed_moments
 from settings import CHANGEABLE_ON_RESUME, MAX_LOGP_GAP, Config, UsageError
 from trackers import Trackers
 
 
 class RunFolder:
-    """What a run leaves behind: config.yaml, metrics, rollouts, evaluations, checkpoints, curves.png."""
+    """What a run leaves behind: config.yaml, metrics, rollouts, evaluations, checkpoints, curves.png.
+
+    Of several processes only the main one writes; what needs all of them, such as gathering weights, all of them call.
+    """
 
     LOGS = ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl")  # these only ever grow
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, writes: bool = True):
+        self.path, self.writes, self.engine = path, writes, None  # DeepSpeed's, which keeps the moments to itself
 
     @classmethod
-    def create(cls, config: Config) -> "RunFolder":
+    def create(cls, config: Config, writes: bool = True) -> "RunFolder":
         """A new folder under `config.runs`; an existing one is never written into."""
+        return cls(parallel.of_main_process(cls._make(config) if writes else None), writes)
+
+    @classmethod
+    def _make(cls, config: Config) -> Path:
         fixed = {k: v for k, v in dataclasses.asdict(config).items() if k not in CHANGEABLE_ON_RESUME}
         digest = hashlib.sha256(json.dumps(fixed, sort_keys=True, default=str).encode()).hexdigest()
         task, model = (re.split("[/:]", name.rstrip("/"))[-1] for name in (config.task, config.model))
@@ -53,7 +62,7 @@ class RunFolder:
                 break
         for log in cls.LOGS:
             (path / log).touch()
-        return cls(path)
+        return path
 
     @contextmanager
     def writing(self, what: str):
@@ -70,6 +79,8 @@ class RunFolder:
 
     def write_whole(self, name: str, text: str) -> None:
         """Writes a file that is either the old one or the new one, whenever the program is killed."""
+        if not self.writes:
+            return
         with self.writing(name):
             partial = self.path / f".{name}"
             partial.write_text(text)
@@ -82,9 +93,11 @@ class RunFolder:
     def start(self, config: Config, step: int) -> None:
         """Called once everything is checked and loaded; `step` is the one that the run goes on from."""
         self.write_config(config)
-        self.trackers = Trackers(config, self.path, step)
+        self.trackers = Trackers(config if self.writes else dataclasses.replace(config, report_to=""), self.path, step)
 
     def append(self, name: str, rows: list[dict]) -> None:
+        if not self.writes:
+            return
         with self.writing(name), open(self.path / name, "a") as file:
             file.writelines(as_line(row) for row in rows)
 
@@ -117,18 +130,25 @@ class RunFolder:
         a step follows from the seed and the step's number.
         """
         partial, whole = self.path / ".partial", self.path / f"checkpoint-{step}"
-        with self.writing(whole.name):
+        if self.writes:
             shutil.rmtree(partial, ignore_errors=True)
-            model.save_pretrained(partial)
+        weights, moments = whole_weights(model, optimizer), {} if self.engine else packed_moments(optimizer)
+        if self.engine:
+            self.engine.save_checkpoint(
+                partial / "deepspeed", tag="all"
+            )  # each process its part, and all wait for the last
+        if not self.writes:
+            return
+        with self.writing(whole.name):
+            model.save_pretrained(partial, state_dict=weights)
             tokenizer.save_pretrained(partial)
-            states = optimizer.state_dict()["state"]
             # a safetensors file, but not by its name: vLLM would take it for weights of the model
-            save_file({f"{i}.{k}": v for i, s in states.items() for k, v in s.items()}, partial / "optimizer.state")
-            state |= {"step": step, "checksums": {file.name: checksum(file) for file in sorted(partial.iterdir())}}
+            save_file(moments, partial / "optimizer.state")
+            state |= {"step": step, "checksums": checksums(partial)}
             logs = [log for name in self.LOGS if (log := self.path / name).exists()]
             state["log_sizes"] = {log.name: log.stat().st_size for log in logs}
             (partial / "state.json").write_text(json.dumps(state))
-            for path in (*logs, *partial.iterdir(), partial):
+            for path in (*logs, *partial.rglob("*"), partial):
                 sync_to_disk(path)
             shutil.rmtree(whole, ignore_errors=True)  # one that was damaged
             partial.rename(whole)
@@ -137,12 +157,15 @@ class RunFolder:
         for old in self.checkpoints()[:-keep_last]:
             shutil.rmtree(old)
 
-    def save_final(self, model, tokenizer, config: Config, evaluations: list[dict]) -> Path:
+    def save_final(self, model, tokenizer, optimizer, config: Config, evaluations: list[dict]) -> Path:
         """final/: the model as a Hugging Face folder, for from_pretrained and vLLM, with its model card."""
         partial, final = self.path / ".partial", self.path / "final"
+        weights = whole_weights(model, optimizer)
+        if not self.writes:
+            return final
         with self.writing("final"):
             shutil.rmtree(partial, ignore_errors=True)
-            model.save_pretrained(partial)
+            model.save_pretrained(partial, state_dict=weights)
             tokenizer.save_pretrained(partial)
             shutil.copy(self.plot(), partial / "curves.png")
             card = model_card(config, model.config.model_type, evaluations, self.read("metrics.jsonl"))
@@ -192,20 +215,20 @@ class RunFolder:
             return f"{type(error).__name__}: {error}"
         return ""
 
-    def resume(self, checkpoint: Path | None, optimizer) -> dict[str, Any]:
+    def resume(self, checkpoint: Path | None, optimizer, engine=None) -> dict[str, Any]:
         """Loads the optimizer from the checkpoint, cuts later rows off the logs; returns `step` and `state`.
 
         Without a checkpoint, as in a run that is new or was killed before its first one, the run begins at step 0.
         """
-        saved, state = {"step": 0, "log_sizes": dict.fromkeys(self.LOGS, 0)}, optimizer.state_dict()
+        self.engine, saved = engine, {"step": 0, "log_sizes": dict.fromkeys(self.LOGS, 0)}
         if checkpoint:
             saved = json.loads((checkpoint / "state.json").read_text())
-            for name, value in load_file(checkpoint / "optimizer.state").items():
-                index, key = name.split(".")
-                state["state"].setdefault(int(index), {})[key] = value
-            optimizer.load_state_dict(state)
-        for name, size in saved["log_sizes"].items():  # or a step that is done again would be there twice
-            os.truncate(self.path / name, size)
+            if engine:
+                engine.load_checkpoint(checkpoint / "deepspeed", tag="all")
+            else:
+                load_moments(optimizer, load_file(checkpoint / "optimizer.state"))
+        for name, size in saved["log_sizes"].items() if self.writes else ():  # or a step that is done again would be
+            os.truncate(self.path / name, size)  # there twice
         return saved
 
     def plot(self) -> Path:
@@ -246,8 +269,22 @@ class RunFolder:
         return self.path / "curves.png"
 
 
+def whole_weights(model, optimizer) -> dict[str, torch.Tensor]:
+    """On the CPU: tied ones once, and in float32 where the optimizer has them so, or a resumed run would round them."""
+    repeated = dict(model.named_parameters(remove_duplicate=False))
+    weights = {name: value for name, value in model.state_dict().items() if name not in repeated}  # buffers
+    weights |= {name: weight.cpu() for name, weight in parallel.whole_weights(model)}
+    float32 = getattr(getattr(optimizer, "optimizer", optimizer), "float32_weights", [])
+    return weights | dict(zip(dict(model.named_parameters()), float32, strict=False))
+
+
 def as_line(row: dict) -> str:
     return json.dumps(row, ensure_ascii=False, default=str) + "\n"
+
+
+def checksums(folder: Path) -> dict[str, int]:
+    """Of all files in the folder and below, by their path from there."""
+    return {str(file.relative_to(folder)): checksum(file) for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
 def sync_to_disk(path: Path) -> None:
@@ -416,8 +453,10 @@ def show_group(rollouts: list, weights: list[float], tokenizer, group_size: int)
         print(f"  {r.reward:6.2f} {r.advantage:+9.3f} {weight:9.2e} {r.length:6d}  {tokens}")
 
 
-def announce(config: Config, path: Path, model, device, checkpoint: Path | None) -> None:
+def announce(config: Config, path: Path, model, accelerator, checkpoint: Path | None) -> None:
     """The first lines of a run."""
+    n, kind = accelerator.num_processes, accelerator.distributed_type.value.removeprefix("MULTI_").lower()
+    device = f"{n} processes ({kind}) on {accelerator.device.type}" if n > 1 else accelerator.device
     print(
         f"GRPO: {config.model} ({sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters) on {config.task}, "
         f"{config.steps} steps of {config.prompts_per_step} prompts x {config.group_size} completions, "

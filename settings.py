@@ -56,7 +56,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """where to run; auto takes a GPU if there is one"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """arithmetic of the forward and backward pass (weights are always fp32); auto is bf16 on CUDA, else fp32"""
+    """arithmetic of the forward and backward pass (of the weights: `optimizer`); auto is bf16 on CUDA, else fp32"""
     about: str = ""
     """a sentence about this recipe, printed at the start"""
 
@@ -127,6 +127,8 @@ class Config:
     """keep the reference model on the CPU while it is not needed"""
 
     # Optimization
+    optimizer: Literal["adamw", "adamw_8bit", "adamw_offload"] = "adamw"
+    """adamw, 16 bytes a parameter; adamw_8bit, 6, in bf16 (torchao); adamw_offload, 4 on the card (make_optimizer)"""
     steps: int = 500
     """GRPO steps; 0 only evaluates and shows one group"""
     lr: float = 1e-6

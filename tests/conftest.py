@@ -4,6 +4,7 @@ import copy
 import math
 import os
 import random
+from functools import partial
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for a server
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")  # some virtual machines announce AMX and forbid it
@@ -26,6 +27,8 @@ from transformers import (
 import grpo
 from mathformer.tokenizer import build_tokenizer
 from mathformer.train import build_model
+
+torch.compiler.set_stance("force_eager")  # torchao compiles the steps of its optimizers: longer than the tests take
 
 PRETRAINED = "mathformer/pretrained"
 SHAPE = dict(vocab_size=33, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
@@ -75,30 +78,30 @@ def make_config(tmp_path):
     return make
 
 
+def random_rollouts(vocabulary: int, groups: int = 4, group_size: int = 4, seed: int = 0) -> list[grpo.Rollout]:
+    """Ragged rollouts with random ids, the last group dead, old log-probs near -2.5."""
+    rng = random.Random(seed)
+    rollouts = []
+    for p in range(groups):
+        prompt = [rng.randrange(3, vocabulary) for _ in range(rng.randrange(2, 9))]
+        rewards = torch.tensor([[float((i + p) % 3 == 0) for i in range(group_size)]])
+        if p == groups - 1:
+            rewards[:] = 0
+        advantages = grpo.group_advantages(rewards)[0].tolist()
+        for g in range(group_size):
+            ids = [rng.randrange(3, vocabulary) for _ in range(rng.randrange(1, 9))] + [2]
+            logps = [-2.5 + rng.gauss(0, 0.5) for _ in ids]
+            parts = dict(reward=rewards[0, g].item(), correct=rewards[0, g].item(), format=1.0)
+            rollout = grpo.Rollout(prompt, ids, logps, truncated=False, parts=parts, reward=parts["reward"])
+            rollout.advantage, rollout.dead = advantages[g], p == groups - 1
+            rollout.ref_logps = [logp + rng.gauss(0, 0.3) for logp in logps]
+            rollouts.append(rollout)
+    return rollouts
+
+
 @pytest.fixture
 def make_rollouts(tokenizer):
-    """Ragged rollouts with random ids: groups of 4, the last group dead, old log-probs near -2.5."""
-
-    def make(groups: int = 4, group_size: int = 4, seed: int = 0) -> list[grpo.Rollout]:
-        rng = random.Random(seed)
-        rollouts = []
-        for p in range(groups):
-            prompt = [rng.randrange(3, len(tokenizer)) for _ in range(rng.randrange(2, 9))]
-            rewards = torch.tensor([[float((i + p) % 3 == 0) for i in range(group_size)]])
-            if p == groups - 1:
-                rewards[:] = 0
-            advantages = grpo.group_advantages(rewards)[0].tolist()
-            for g in range(group_size):
-                ids = [rng.randrange(3, len(tokenizer)) for _ in range(rng.randrange(1, 9))] + [2]
-                logps = [-2.5 + rng.gauss(0, 0.5) for _ in ids]
-                parts = dict(reward=rewards[0, g].item(), correct=rewards[0, g].item(), format=1.0)
-                rollout = grpo.Rollout(prompt, ids, logps, truncated=False, parts=parts, reward=parts["reward"])
-                rollout.advantage, rollout.dead = advantages[g], p == groups - 1
-                rollout.ref_logps = [logp + rng.gauss(0, 0.3) for logp in logps]
-                rollouts.append(rollout)
-        return rollouts
-
-    return make
+    return partial(random_rollouts, len(tokenizer))
 
 
 def byte_tokenizer():

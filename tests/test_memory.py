@@ -1,6 +1,8 @@
 """The memory table: its arithmetic against what autograd really keeps, and what it advises."""
 
+import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ import transformers
 import grpo
 import loading
 import memory
-from memory import Shape
+import optimizers
+from memory import Shape, Spread
 
 SHAPE = dict(vocab_size=101, hidden_size=96, intermediate_size=288, num_attention_heads=6, num_key_value_heads=2)
 CONFIGS = {
@@ -24,7 +27,7 @@ QWEN_HALF_B = dict(vocab_size=151936, hidden_size=896, intermediate_size=4864, n
 QWEN_HALF_B |= dict(num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True)
 QWEN_1_5B = QWEN_3B | dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12)
 QWEN3_1_7B = QWEN_3B | dict(intermediate_size=6144, num_hidden_layers=28, num_key_value_heads=8, head_dim=128)
-CUDA = torch.device("cuda")
+GPU = SimpleNamespace(device=torch.device("cuda"), mixed_precision="bf16", num_processes=1, distributed_type="NO")
 
 
 def kept_bytes(config, tokens: int, bf16: bool, checkpointing: bool) -> int:
@@ -76,20 +79,20 @@ def recipe(name: str) -> grpo.Config:
 
 
 def table(shape: dict, config: grpo.Config, vllm: bool = True, free: float = 80e9) -> dict:
-    return memory.needs(Shape.of(transformers.Qwen2Config(**shape)), config, True, vllm, True, free)
+    return memory.needs(Shape.of(transformers.Qwen2Config(**shape)), config, True, vllm, True, free, Spread())
 
 
 def test_the_parts_of_a_3b_run():
     parts, n = table(QWEN_3B, recipe("countdown-3b")), 3_085_938_688
-    assert parts["weights, float32"] == [4 * n] * 3 and parts["AdamW"] == [8 * n] * 3
+    assert parts["weights"] == [4 * n] * 3 and parts["AdamW"] == [8 * n] * 3
     assert parts["gradients"] == [0, 0, 4 * n]
     assert parts["reference"] == [0, 4 * n, 0]  # offloaded but for its own pass
     assert parts["bf16 copies of the weights"][2] == 2 * (n - 151936 * 2048)
     assert parts["vLLM: weights"] == [2 * n] * 3
     assert parts["key-value cache"] == [int(1.2 * 16 * 4 * 1280 * 36 * 1024)] * 3
-    assert parts["logits"] == [0, 12 * 2048 * 151936, 12 * 2048 * 151936]
-    # with gradient checkpointing, the residual stream of each layer and all of one layer
+    # with gradient checkpointing, the residual stream of each layer and all of one layer, or the logits
     layer = 26 * 2048 + 4 * 2048 + 2 * 512 + 8 * 11008
+    assert parts["logits"] == [0, 12 * 2048 * 151936, 12 * 2048 * 151936 - 8192 * layer]
     assert parts["activations"][2] == 8192 * (36 * 4 * 2048 + layer)
     kept = table(QWEN_3B, replace(recipe("countdown-3b"), gradient_checkpointing=False))
     assert kept["activations"][2] == 8192 * 36 * layer
@@ -102,7 +105,7 @@ def test_settings_move_the_parts_that_they_should():
     assert asleep["vLLM: weights"][0] > 0 and asleep["vLLM: weights"][1:] == [0, 0]
     assert asleep["key-value cache"][0] > 0 and asleep["key-value cache"][1:] == [0, 0]
     assert table(QWEN_3B, replace(config, offload_reference=False))["reference"] == [4 * 3_085_938_688] * 3
-    on_cpu = memory.needs(Shape.of(transformers.Qwen2Config(**QWEN_3B)), config, False, False, False, 80e9)
+    on_cpu = memory.needs(Shape.of(transformers.Qwen2Config(**QWEN_3B)), config, False, False, False, 80e9, Spread())
     assert on_cpu["reference"] == [4 * 3_085_938_688] * 3, "offloaded to where it is"
     assert "reference" not in table(QWEN_3B, replace(config, kl_coef=0.0))
     assert not {"vLLM: weights", "vLLM: the rest"} & table(QWEN_3B, config, vllm=False).keys()
@@ -125,7 +128,7 @@ def card(monkeypatch):
 
     def check(shape: dict, config: grpo.Config, free: float, vllm: bool = True):
         monkeypatch.setattr(memory, "free_memory", lambda device: free)
-        memory.check_memory(transformers.Qwen2Config(**shape), config, CUDA, True, vllm)
+        memory.check_memory(transformers.Qwen2Config(**shape), config, GPU, vllm)
 
     return check
 
@@ -139,8 +142,10 @@ def test_what_fits_is_shown_and_what_does_not_is_refused_with_advice(card, capsy
     card(QWEN_3B, config, needed / 1.02)
     out = capsys.readouterr().out
     assert "may not fit. With --tokens_per_microbatch 2048 --vllm_sleep true it needs about" in out
-    with pytest.raises(grpo.UsageError, match="of memory, 24.0 are free. Even with .*take a smaller model"):
-        card(QWEN_3B, config, 24e9)
+    with pytest.raises(grpo.UsageError, match="of memory, 12.0 are free. Even with .*take a smaller model"):
+        card(QWEN_3B, config, 12e9)
+    with pytest.raises(grpo.UsageError, match="are free. With .*--optimizer adamw_8bit it needs"):
+        card(QWEN_3B, config, 32e9)
     with pytest.raises(grpo.UsageError, match="are free. With --tokens_per_microbatch .*--gradient_checkpointing true"):
         card(QWEN_HALF_B, replace(config, kl_coef=0.0, gradient_checkpointing=False), 19e9)
 
@@ -162,6 +167,8 @@ def test_the_advice_comes_true(card, capsys):
     "name, model_config, gigabytes",
     [
         ("countdown-3b", transformers.Qwen2Config(**QWEN_3B), 80),
+        ("countdown-24gb", transformers.Qwen2Config(**QWEN_3B), 24),
+        ("countdown-24gb --optimizer adamw_8bit", transformers.Qwen2Config(**QWEN_3B), 32),
         ("countdown-workshop", transformers.Qwen3Config(**QWEN3_1_7B), 80),
         ("countdown-workshop --vllm_sleep true --kv_cache_gb 10", transformers.Qwen3Config(**QWEN3_1_7B), 48),
         ("math-1.5b", transformers.Qwen2Config(**QWEN_1_5B), 80),
@@ -172,7 +179,7 @@ def test_the_advice_comes_true(card, capsys):
 def test_a_recipe_fits_the_card_that_it_names(name, model_config, gigabytes):
     name, *flags = name.split()
     config, free = grpo.parse_config(["--config", f"configs/{name}.yaml", *flags]), gigabytes * 2**30 * 0.98
-    parts = memory.needs(Shape.of(model_config), config, True, True, True, free)
+    parts = memory.needs(Shape.of(model_config), config, True, True, True, free, Spread())
     assert memory.peak(parts) < 0.95 * free
     said = open(f"configs/{name}.yaml").read()
     assert f"{gigabytes} GB" in said and f"{round(memory.peak(parts) / 1e9)}" in said
@@ -198,3 +205,70 @@ def test_too_large_a_model_is_refused_before_it_is_loaded(tmp_path, monkeypatch,
     with pytest.raises(grpo.UsageError, match="GB of memory, 8.0 are free"):
         grpo.train(grpo.Config(model=str(tmp_path), task="arithmetic", runs=str(tmp_path / "runs")))
     assert not (tmp_path / "runs").exists()
+
+
+def test_optimizers_and_processes_move_the_parts_that_they_should():
+    config, n = recipe("countdown-3b"), 3_085_938_688
+
+    def parts(optimizer: str, spread=Spread(), on_gpu=True, bf16=True):  # noqa: B008
+        shape = Shape.of(transformers.Qwen2Config(**QWEN_3B))
+        return memory.needs(shape, replace(config, optimizer=optimizer), bf16, True, on_gpu, 80e9, spread)
+
+    eight = parts("adamw_8bit")
+    assert (eight["weights"][0], eight["gradients"][2], eight["AdamW"][0]) == (2 * n, 2 * n, 2 * n)
+    assert eight["reference"][1] == 2 * n and "bf16 copies of the weights" not in eight
+    away = parts("adamw_offload")
+    assert (away["weights"][0], away["gradients"][2]) == (2 * n, 2 * n) and "AdamW" not in away
+    assert parts("adamw_offload", on_gpu=False)["AdamW"][0] == 12 * n, "the CPU's memory is the CPU's memory"
+    assert parts("adamw_8bit", bf16=False)["activations"] == eight["activations"]
+    fsdp = parts("adamw", Spread(4, 4, 4, 4))
+    assert (fsdp["weights"][0], fsdp["gradients"][2], fsdp["AdamW"][0]) == (n, n, 2 * n)
+    assert fsdp["vLLM: weights"] == eight["vLLM: weights"], "each process has a sampler of its own"
+    assert fsdp["key-value cache"][0] == pytest.approx(eight["key-value cache"][0] / 4)
+    zero = parts("adamw", Spread(4, 1, 4, 4))
+    assert (zero["weights"][0], zero["gradients"][2], zero["AdamW"][0]) == (4 * n, n, 2 * n)
+
+
+def live_bytes(work) -> int:
+    """The most bytes of tensors that `work` has at a time, besides those from before it."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        work()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "adamw_offload"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_training_column_is_what_an_update_holds(bf16, optimizer, checkpointing, accelerator):
+    torch.manual_seed(0)
+    shape = SHAPE | dict(vocab_size=8000, hidden_size=128, intermediate_size=512, num_hidden_layers=4)
+    model_config = transformers.Qwen2Config(**shape | dict(num_attention_heads=4), tie_word_embeddings=True)
+    settings = dict(prompts_per_step=4, group_size=4, max_prompt_tokens=64, max_completion_tokens=192, lr=1e-4)
+    settings |= dict(gradient_checkpointing=checkpointing, optimizer=optimizer, tokens_per_microbatch=4096)
+    config = grpo.Config(model="m", task="t", device="cpu", precision="bf16" if bf16 else "fp32", **settings)
+    model = transformers.Qwen2ForCausalLM(model_config)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    policy = grpo.Policy(model)
+    policy.forward = torch.autocast("cpu", torch.bfloat16, enabled=bf16)(policy.forward)  # as accelerate does
+    adamw = optimizers.make_optimizer(policy, config, accelerator)
+    rng = random.Random(0)
+    rollouts = []
+    for i in range(16):
+        prompt, ids = ([rng.randrange(8000) for _ in range(n)] for n in (64, 192))
+        rollouts.append(grpo.Rollout(prompt, ids, [-9.0] * 192, True, advantage=(-1.0) ** i))
+
+    def step():
+        grpo.update(policy, adamw, accelerator, rollouts, config, step=1)
+
+    step()  # makes the moments
+    held = [*policy.parameters(), *optimizers.packed_moments(adamw).values(), *getattr(adamw, "float32_weights", [])]
+    measured = sum(tensor.numel() * tensor.element_size() for tensor in held) + live_bytes(step)
+    parts = memory.needs(Shape.of(model_config), config, bf16, False, False, 1e12, Spread())
+    assert sum(column[2] for column in parts.values()) == pytest.approx(measured, rel=0.15)

@@ -1,0 +1,70 @@
+"""What tests/test_parallel.py starts in several processes: updates on rollouts that each of them has.
+
+    PYTHONPATH=.:tests accelerate launch --config_file configs/accelerate/ddp.yaml tests/several_processes.py OUT CASES
+
+Writes to OUT, for each case, the weights after three updates, the metrics of the last, and log-probs.
+"""
+
+import sys
+
+import torch
+from conftest import SHAPE, other_model, random_rollouts
+
+import grpo
+import loading
+import optimizers
+import parallel
+
+GRPO = dict(tokens_per_microbatch=40)  # five to seven microbatches in all
+CASES = {  # settings of the run, groups of rollouts
+    "uneven shares": (GRPO, 4),
+    "one microbatch each": (dict(tokens_per_microbatch=4096), 4),
+    "minibatches and a KL": (GRPO | dict(minibatches=2, kl_coef=0.01, loss_weight="sequence"), 3),
+    "sequence ratio": (GRPO | dict(ratio="sequence", entropy_coef=0.01, loss_weight="constant"), 3),
+    "nothing to learn": (GRPO, 1),
+    "8-bit moments": (GRPO | dict(optimizer="adamw_8bit"), 4),
+    "moments on the CPU": (GRPO | dict(optimizer="adamw_offload"), 4),
+}
+
+WHOLE_ONLY = ("8-bit moments", "moments on the CPU")  # not with FSDP or DeepSpeed
+
+
+def rows(case: str) -> list[grpo.Rollout]:
+    rollouts = random_rollouts(SHAPE["vocab_size"], CASES.get(case, (GRPO, 3))[1])
+    return rollouts[1:] if case == "uneven shares" else rollouts  # 11 of them live
+
+
+def trained(case: str, accelerator, config: grpo.Config) -> dict:
+    model = other_model("qwen2")
+    policy = grpo.Policy(model, entropy_gradient=config.entropy_coef > 0)
+    optimizer = optimizers.make_optimizer(policy, config, accelerator)
+    policy, optimizer = accelerator.prepare(policy, optimizer)
+    rollouts = rows(case)
+    grpo.add_logps("old_logps", policy, rollouts, accelerator, config)
+    logps = [r.old_logps for r in rollouts]
+    if case == "one row":  # of which two processes have one and none
+        rollouts = [r for r in rollouts if r.advantage > 0][:1]
+    for step in (1, 2, 3):
+        metrics = grpo.update(policy, optimizer, accelerator, rollouts, config, step)
+    weights = {name: weight.float().cpu().clone() for name, weight in parallel.whole_weights(model)}
+    of_all = parallel.join([weights])
+    drift = max((a[name] - b[name]).abs().max().item() for a in of_all for b in of_all for name in a)
+    return dict(weights=weights, metrics=metrics, logps=logps, drift=drift)
+
+
+def results(cases: list[str]) -> dict:
+    found = {}
+    for case in [*cases, "one row"]:
+        settings = CASES.get(case, (GRPO,))[0] | dict(lr=1e-4, max_completion_tokens=16, grad_clip=0.5)
+        config = grpo.Config(model="m", task="t", device="cpu", **settings)
+        found[case] = trained(case, loading.make_accelerator(config), config)
+    return found
+
+
+if __name__ == "__main__":
+    out, *cases = sys.argv[1:]
+    found = results(cases)
+    state = grpo.PartialState()
+    assert state.num_processes == 2
+    if state.is_main_process:
+        torch.save(found | {"kind": state.distributed_type.value}, out)
