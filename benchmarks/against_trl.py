@@ -110,9 +110,9 @@ def theirs(model: str, lengths: str, steps: int) -> list[dict]:
     return [{"seconds": s, "length": n} for s, n in zip(seconds, mean_lengths[1:], strict=True)]
 
 
-def measure(program: str, model: str, lengths: str, steps: int) -> dict:
+def measure(program: str, model: str, lengths: str, steps: int, tiny: bool) -> dict:
     """In a process of its own: the median of its steps."""
-    command = [sys.executable, __file__, "--one", program, model, lengths, "--steps", str(steps)]
+    command = [sys.executable, __file__, "--one", program, model, lengths, "--steps", str(steps), *["--tiny"] * tiny]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     if done.returncode:
         raise RuntimeError(done.stderr[-3000:])
@@ -120,12 +120,16 @@ def measure(program: str, model: str, lengths: str, steps: int) -> dict:
 
 
 def main() -> None:
+    global P, G, TOKENS
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "against_trl.md")
+    parser.add_argument("--tiny", action="store_true", help="2 x 2 completions of 8 tokens, fixed only")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.tiny:
+        P, G, TOKENS = 2, 2, 8
     if options.one:
         program, model, lengths = options.one
         rows = {"ours": ours, "TRL": theirs}[program](model, lengths, options.steps)[2:]
@@ -148,11 +152,12 @@ def main() -> None:
     ]
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder))
-        for lengths in ("ragged", "fixed"):
+        for lengths in ("fixed",) if options.tiny else ("ragged", "fixed"):
             pairs = []
             for i in range(options.pairs):
                 order = ("ours", "TRL") if i % 2 == 0 else ("TRL", "ours")
-                pair = {program: measure(program, folder, lengths, options.steps) for program in order}
+                how = (folder, lengths, options.steps, options.tiny)
+                pair = {program: measure(program, *how) for program in order}
                 print(lengths, pair, flush=True)
                 pairs.append((pair["ours"], pair["TRL"]))
             cells = [f"{median(pair[j]['length'] for pair in pairs):.1f}" for j in (0, 1)]

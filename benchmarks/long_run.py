@@ -2,11 +2,13 @@
 
     python benchmarks/long_run.py             runs, some 15 minutes, and keeps an extract of the run's folder
     python benchmarks/long_run.py FOLDER      keeps an extract of a run that is there
+    python benchmarks/long_run.py --steps 2 --out /tmp/look
 
 The extract, in results/long_run/: config.yaml, eval.jsonl, every tenth row of metrics.jsonl, and two groups of every
 250th step, one of mixed rewards and the first one.
 """
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -16,7 +18,7 @@ from pathlib import Path
 
 from arithmetic_seeds import ROOT
 
-SETTINGS = ["--steps", "1000", "--task_args.max_depth", "6", "--max_prompt_tokens", "64"]
+SETTINGS = ["--task_args.max_depth", "6", "--max_prompt_tokens", "64"]
 SETTINGS += ["--max_completion_tokens", "128", "--eval_steps", "100", "--save_steps", "250"]
 
 
@@ -40,12 +42,16 @@ def extract(run: Path, out: Path) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, nargs="?")
+    parser.add_argument("--steps", default="1000")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "long_run")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as runs:
-        if not sys.argv[1:]:
-            command = [sys.executable, "grpo.py", "--config", "configs/arithmetic.yaml", *SETTINGS, "--runs", runs]
-            subprocess.run(command, cwd=ROOT, check=True)
-        run = Path(sys.argv[1]) if sys.argv[1:] else next(Path(runs).iterdir())
-        extract(run, ROOT / "benchmarks" / "results" / "long_run")
+        if not options.run:
+            flags = ["--config", "configs/arithmetic.yaml", "--steps", options.steps, *SETTINGS, "--runs", runs]
+            subprocess.run([sys.executable, "grpo.py", *flags], cwd=ROOT, check=True)
+        extract(options.run or next(Path(runs).iterdir()), options.out)
 
 
 if __name__ == "__main__":

@@ -12,19 +12,19 @@ import argparse
 import os
 import random
 import statistics
+import sys
 import time
-from pathlib import Path
 
 import torch
 import transformers
+from arithmetic_seeds import ROOT
 
-import grpo
-import loading
-from mathformer import ArithmeticTask, MathformerForCausalLM
-from mathformer.tokenizer import build_tokenizer
-from mathformer.train import PretrainConfig, batches, build_model
-
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import grpo  # noqa: E402
+import loading  # noqa: E402
+from mathformer import ArithmeticTask, MathformerForCausalLM  # noqa: E402
+from mathformer.tokenizer import build_tokenizer  # noqa: E402
+from mathformer.train import PretrainConfig, batches, build_model  # noqa: E402
 
 
 def bloom_of(model: MathformerForCausalLM) -> transformers.BloomForCausalLM:
@@ -86,14 +86,15 @@ def main() -> None:
         "--trained", default=str(ROOT / "mathformer" / "pretrained"), help="the model that ends by itself"
     )
     parser.add_argument("--sizes", nargs="+", default=["small", "medium"])
+    parser.add_argument("--tiny", action="store_true", help="one batch, two problems")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     transformers.utils.logging.set_verbosity_error()
     tokenizer = build_tokenizer()
     task = ArithmeticTask()
-    prompts = [tokenizer(example["prompt"])["input_ids"] for example in task.eval()[:32]]
+    prompts = [tokenizer(example["prompt"])["input_ids"] for example in task.eval()[: 2 if options.tiny else 32]]
     stream = batches(random.Random(0), PretrainConfig(output="-"), task, tokenizer, 0.5)
-    data = [next(stream) for _ in range(8)]
+    data = [next(stream) for _ in range(1 if options.tiny else 8)]
 
     def compare(name: str, one, other) -> None:
         one(0), other(0)  # once without a clock

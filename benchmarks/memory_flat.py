@@ -43,10 +43,11 @@ def main() -> None:
     tenth = max(1, options.steps // 10)
     windows = [[mb for step, mb in seen if i * tenth < step <= (i + 1) * tenth] for i in range(10)]
     medians = [median(window) for window in windows if window]
+    growth = medians[-1] / medians[:2][-1] - 1
     lines = [
         f"`{' '.join(['python', *command[1:-2]])}`, {os.cpu_count()} cores of {cpu_name()}, torch {torch.__version__}, "
         f"Python {platform.python_version()}, commit {commit.strip()}. Resident memory in MB, median of each tenth of "
-        f"the steps, four looks a second. From the second tenth to the last: {medians[-1] / medians[1] - 1:+.1%}.\n",
+        f"the steps, four looks a second. From the second tenth to the last: {growth:+.1%}.\n",
         "| steps | " + " | ".join(f"to {(i + 1) * tenth}" for i in range(len(medians))) + " |",
         "| --- " * (len(medians) + 1) + "|",
         "| MB | " + " | ".join(f"{mb:.0f}" for mb in medians) + " |",

@@ -41,15 +41,19 @@ def main() -> None:
     parser.add_argument("--active_experts", default="1")
     parser.add_argument("--pretrain_steps", default="5000")
     parser.add_argument("--rl_steps", default="300")
+    parser.add_argument("--tiny", action="store_true", help="a step of each, two problems, answers of four tokens")
     parser.add_argument("--work", type=Path, default=Path("runs/pipeline"))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "pipeline.md")
     options = parser.parse_args()
+    problems, short = ("2", ["--max_gen_len", "4"]) if options.tiny else ("1000", [])
+    if options.tiny:
+        options.pretrain_steps = options.rl_steps = "1"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     threads = os.environ.get("OMP_NUM_THREADS", os.cpu_count())
     head = [
         f"`OMP_NUM_THREADS={threads} python benchmarks/pipeline.py --seeds S`, on {os.cpu_count()} cores of "
-        f"{cpu_name()}, {versions}, commit {commit.strip()}. Accuracy in percent with its 95 % interval, on 1000 "
+        f"{cpu_name()}, {versions}, commit {commit.strip()}. Accuracy in percent with its 95 % interval, on {problems} "
         "problems that are in no training; worked: the share of sampled answers that show steps.\n",
         "| experts, active | seed | pretraining steps | greedy before | greedy after | sampled before | sampled after "
         "| worked before | worked after | made to work, before | after | pretraining s | RL s | evaluation s | min |",
@@ -67,14 +71,14 @@ def main() -> None:
         )  # fmt: skip
         rl = run(
             "mathformer.train_rl", "--checkpoint", str(base), "--steps", options.rl_steps, "--runs", str(runs),
-            "--seed", seed, "--eval_interval", "100",
+            "--seed", seed, "--eval_interval", "100", *short,
         )  # fmt: skip
         (final,) = runs.glob("*/final")
         evaluation, rows = 0.0, []
         for name, checkpoint in (("before", base), ("after", final)):
             out = work / f"{name}.json"
-            command = ["--checkpoint", str(checkpoint), "--problems", "1000", "--seed", seed, "--out", str(out)]
-            evaluation += run("mathformer.evaluate", *command)
+            command = ["--checkpoint", str(checkpoint), "--problems", problems, "--seed", seed, "--out", str(out)]
+            evaluation += run("mathformer.evaluate", *command, *short)
             rows.append(json.loads(out.read_text())["evaluation"])
         cells = [
             f"{100 * row[key]:.1f} ({100 * row[key + '_low']:.1f} to {100 * row[key + '_high']:.1f})"

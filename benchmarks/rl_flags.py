@@ -3,7 +3,8 @@
     python benchmarks/rl_flags.py
 
 Every run is `python -m mathformer.train_rl --checkpoint mathformer/pretrained --steps 100 --seed S` with the flags of
-the row. Two run at a time with one thread each. Prints a table and writes it to benchmarks/results/.
+the row. Two run at a time with one thread each. Prints a table and writes it to benchmarks/results/. Further arguments
+go to mathformer.train_rl.
 """
 
 import argparse
@@ -56,19 +57,19 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "rl_flags.md")
-    options = parser.parse_args()
+    options, more = parser.parse_known_args()
     with ThreadPoolExecutor(options.jobs) as pool:
         futures = {
-            name: [pool.submit(run, VARIANTS[name], options.steps, seed) for seed in options.seeds]
+            name: [pool.submit(run, VARIANTS[name] + more, options.steps, seed) for seed in options.seeds]
             for name in options.variants
         }
         results = {name: [future.result() for future in found] for name, found in futures.items()}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     lines = [
-        f"`python benchmarks/rl_flags.py`, {options.steps} steps, seeds {options.seeds}, {options.jobs} runs at a time "
-        f"on {os.cpu_count()} cores of {cpu_name()}, torch {torch.__version__}, Python {platform.python_version()}, "
-        f"commit {commit.strip()}. Each cell has the three seeds; accuracy and worked answers in percent, on 500 "
-        "problems; the base has 38.2 greedy and 33.0 sampled.\n",
+        f"`{' '.join(['python benchmarks/rl_flags.py', *more])}`, {options.steps} steps, seeds {options.seeds}, "
+        f"{options.jobs} runs at a time on {os.cpu_count()} cores of {cpu_name()}, torch {torch.__version__}, "
+        f"Python {platform.python_version()}, commit {commit.strip()}. Each cell has the three seeds; accuracy and "
+        "worked answers in percent, on 500 problems; the base has 38.2 greedy and 33.0 sampled.\n",
         "| run | flags | greedy | sampled | worked | KL at the end | kl_coef at the end | seconds |",
         "| --- " * 8 + "|",
     ]

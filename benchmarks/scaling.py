@@ -1,0 +1,185 @@
+"""What a larger step costs in time and memory, and how much of a batch is padding.
+
+    python benchmarks/scaling.py
+
+Work: the Qwen2 of against_trl.py with 1, 2, 4 and 8 times 8 prompts, 8 completions each, all of exactly 48 tokens.
+What is worked on at the same time stays the same: 64 rows are sampled together (`sample_rows`), 32 go through an
+update together (`tokens_per_microbatch`), and even the smallest step fills both. So time should grow with the tokens,
+and memory not at all. Each run is a process of its own and the sizes take turns; a figure is the median over the turns
+of the mean over a run's steps, without the first. `peak RSS`: how much the process's largest resident memory grew in
+the steps. `live tensors`: the peak of the bytes that one update's tensors take, by torch's profiler, without those that
+were there before it.
+
+Padding: percent of the positions of all batches that hold no token; in brackets the number of batches. `default run`:
+the rows that `python grpo.py` trains on. `geometric`: 32 x 8 completions that end after each token with a probability
+of 1/250, and at 512; prompts of 50 to 150 tokens. `together`: all rows in one batch. `in order`: in the order in which
+they were sampled, as many to a batch as the budget allows if all were as long as the longest. `sorted`:
+`grpo.microbatches`. Writes results/scaling.md.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+from statistics import mean, median
+
+import torch
+from against_trl import make_model
+from arithmetic_seeds import ROOT
+from step_time import origin
+
+sys.path.insert(0, str(ROOT))
+P, G, TOKENS, BUDGETS = 8, 8, 48, (2048, 8192, 16384)
+
+
+def peak_of_live_tensors(profiler) -> int:
+    """Bytes above those at the start; an event has less than 0 where memory is given back."""
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+def run(model: str, times: int, tiny: bool) -> dict:
+    """One run; its last step is profiled, and not timed."""
+    import grpo
+    import loading
+
+    steps, tokens = (2, 2) if tiny else (2 + 8 // times, TOKENS)
+    update, found = grpo.update, {}
+
+    def no_eos(model, tokenizer):  # when everything is loaded
+        found["before"] = grpo.run_folder.peak_memory(torch.device("cpu"))
+        return []
+
+    def profiled_update(*args):
+        if args[-1] < steps:
+            return update(*args)
+        found["peak RSS, MB"] = 1000 * (grpo.run_folder.peak_memory(torch.device("cpu")) - found.pop("before"))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+            learned = update(*args)
+        found["live tensors, MB"] = peak_of_live_tensors(profiler) / 1e6
+        return learned
+
+    loading.find_eos, grpo.update = no_eos, profiled_update
+    with tempfile.TemporaryDirectory() as runs:
+        settings = dict(model=model, task=f"{Path(__file__).with_name('against_trl.py')}:Parity", device="cpu", lr=1e-6)
+        settings |= dict(prompts_per_step=times * P, group_size=G, max_completion_tokens=tokens, max_prompt_tokens=16)
+        settings |= dict(sample_rows=P * G, tokens_per_microbatch=P * G // 2 * (5 + tokens))  # prompts have 4 or 5
+        settings |= dict(steps=steps, save_steps=steps, eval_samples=1, print_groups=0, dead_groups="keep", runs=runs)
+        folder = grpo.RunFolder(grpo.train(grpo.Config(**settings))["run"])
+        rows = folder.read("metrics.jsonl")[1:-1] or folder.read("metrics.jsonl")[:1]
+    found |= {part: mean(row[part] for row in rows) for part in ("seconds_sample", "seconds_train")}
+    return found | {"tokens": times * P * G * tokens, "threads": torch.get_num_threads()}
+
+
+def trained_rows(steps: int) -> list[list]:
+    """The rows that the default run trains on, step by step: dead groups have no forward pass."""
+    import grpo
+
+    update, seen = grpo.update, []
+
+    def recorded(policy, optimizer, accelerator, rollouts, *args):
+        seen.append([row for row in rollouts if not row.dead])
+        return update(policy, optimizer, accelerator, rollouts, *args)
+
+    grpo.update = recorded
+    with tempfile.TemporaryDirectory() as runs:
+        grpo.train(replace(grpo.parse_config([]), steps=steps, task_args={"eval_size": 2}, runs=runs))
+    return seen
+
+
+def geometric_rows() -> list:
+    import grpo
+
+    rng, rows = random.Random(0), []
+    for prompt in (rng.randrange(50, 151) for _ in range(32)):
+        lengths = [1 + int(math.log(1 - rng.random()) / math.log(1 - 1 / 250)) for _ in range(8)]
+        rows += [grpo.Rollout([0] * prompt, [0] * min(length, 512), [], False) for length in lengths]
+    return rows
+
+
+def padding(batches: list[list]) -> str:
+    positions = sum(len(batch) * max(row.row_tokens for row in batch) for batch in batches)
+    tokens = sum(row.row_tokens for batch in batches for row in batch)
+    return f"{100 * (1 - tokens / positions):.1f} ({len(batches)})"
+
+
+def padding_table(tiny: bool) -> list[str]:
+    import grpo
+
+    heads = [f"{order}, {budget}" for budget in BUDGETS for order in ("in order", "sorted")]
+    lines = [f"\n| rows of | rows | tokens a row | longest | together | {' | '.join(heads)} |", "| --- " * 11 + "|"]
+    steps = trained_rows(1 if tiny else 50)
+    named = {f"default run, step {i}": steps[i - 1] for i in (1, 25, 50) if i <= len(steps)}
+    for name, rows in (named | {"geometric": geometric_rows()}).items():
+        longest = max(row.row_tokens for row in rows)
+        cells = [len(rows), f"{mean(row.row_tokens for row in rows):.1f}", longest, padding([rows])]
+        for budget in BUDGETS:
+            n = max(1, budget // longest)
+            cells.append(padding([rows[i : i + n] for i in range(0, len(rows), n)]))
+            cells.append(padding(grpo.microbatches(rows, budget)))
+        lines.append(f"| {name} | {' | '.join(map(str, cells))} |")
+    return lines
+
+
+def measure(model: str, times: int, tiny: bool) -> dict:
+    command = [sys.executable, __file__, "--one", model, str(times), *["--tiny"] * tiny]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--tiny", action="store_true", help="one turn, two short steps of the smallest size")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "scaling.md")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        model, times = options.one
+        print(json.dumps(run(model, int(times), options.tiny)))
+        return
+    turns, sizes = (1, [1]) if options.tiny else (options.turns, [1, 2, 4, 8])
+    found = {times: [] for times in sizes}
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(Path(folder))
+        for turn in range(turns):
+            for times in sizes if turn % 2 == 0 else sizes[::-1]:
+                found[times].append(measure(folder, times, options.tiny))
+                print(times, found[times][-1], flush=True)
+    threads = f"threads: {found[1][0]['threads']} (of the default run: 1)"
+    heads = ["sampling, seconds a step", "a 1,000 tokens", "to the first row", "training, seconds a step"]
+    heads += ["a 1,000 tokens", "to the first row", "peak RSS, MB", "live tensors, MB"]
+    lines = [
+        f"{origin('python benchmarks/scaling.py', f'{turns} turns, seed 0, {threads}')} In brackets the smallest and "
+        "the largest of the turns.\n",
+        f"| prompts a step | tokens | {' | '.join(heads)} |",
+        "| --- " * 10 + "|",
+    ]
+    for times, rows in found.items():
+        cells = [str(times * P), str(rows[0]["tokens"])]
+        for part in ("seconds_sample", "seconds_train"):
+            by_token = [1000 * row[part] / row["tokens"] for row in rows]
+            first = [1000 * row[part] / row["tokens"] for row in found[1]]
+            ratios = [a / b for a, b in zip(by_token, first, strict=True)]
+            cells += [spread([row[part] for row in rows], 2), spread(by_token, 3), spread(ratios, 2)]
+        cells += [spread([row[key] for row in rows], 0) for key in ("peak RSS, MB", "live tensors, MB")]
+        lines.append(f"| {' | '.join(cells)} |")
+    options.out.write_text("\n".join(lines + padding_table(options.tiny)) + "\n")
+    print(options.out.read_text())
+
+
+def spread(values: list[float], digits: int) -> str:
+    return f"{median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+if __name__ == "__main__":
+    main()

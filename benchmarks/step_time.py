@@ -1,0 +1,162 @@
+"""Where the time of a step goes: of the default run, and of a model of the shape of Qwen2.5-0.5B.
+
+    python benchmarks/step_time.py
+
+`default run` is `python grpo.py`, with two evaluation problems, stopped after 50 steps. `0.5B` has random weights and
+writes 2 x 4 completions of 32 tokens to prompts of 64, in float32, sampled with torch; stopped after 5 steps.
+
+The functions of a step are wrapped from outside. The seconds of a part are those inside its functions, less those of
+other parts that they call. A step lasts from the end of one `RunFolder.log_step` to the end of the next; no evaluation
+and no checkpoint falls between. A figure is the median over the steps without the first two, so that the parts do not
+add up exactly. Writes results/step_time.md.
+"""
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from pkgutil import resolve_name
+from statistics import median
+from time import perf_counter
+
+import torch
+import transformers
+from against_trl import Parity
+from arithmetic_seeds import ROOT, cpu_name
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+sys.path.insert(0, str(ROOT))
+PARTS = {
+    "drawing prompts": ["grpo.draw_prompts"],
+    "sampling": ["grpo.TorchSampler.generate"],
+    "decoding": ["grpo.complete"],
+    "scoring (the task's reward)": ["grpo.judge"],
+    "log-probs": ["grpo.Policy.forward"],
+    "loss and its metrics": ["grpo.batch_loss"],
+    "backward": ["accelerate.Accelerator.backward"],
+    "optimizer": ["accelerate.Accelerator.clip_grad_norm_", "accelerate.optimizer.AcceleratedOptimizer.step"]
+    + ["accelerate.optimizer.AcceleratedOptimizer.zero_grad"],
+    "sync": ["grpo.TorchSampler.sync"],
+    "logging": ["grpo.RunFolder.log_step"],
+}
+
+
+class Digits(Parity):
+    def problem(self, rng):
+        return "".join(rng.choices("0123456789", k=64))
+
+    def eval(self):
+        return [{"prompt": "7" * 64}]
+
+
+def make_qwen(folder: str, tiny: bool) -> None:
+    """Token i is written as the number i; in a prompt each digit is a token."""
+    shape = dict(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24)
+    shape |= dict(vocab_size=64, hidden_size=56, intermediate_size=64, num_hidden_layers=2) if tiny else {}
+    shape |= dict(num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True)
+    numbers = Tokenizer(models.WordLevel({str(i): i for i in range(shape["vocab_size"])}))
+    numbers.pre_tokenizer = pre_tokenizers.Digits(individual_digits=True)
+    torch.manual_seed(0)
+    transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**shape)).save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=numbers, eos_token="0").save_pretrained(folder)
+
+
+class Enough(Exception):
+    """All steps are done: no evaluation and no checkpoint at the end."""
+
+
+class Stopwatch:
+    def __init__(self):
+        self.spent, self.inside, self.rows, self.steps, self.step_ended = Counter(), [], [], 0, 0.0
+
+    def wrap(self, path: str, part: str) -> None:
+        holder, name = resolve_name(path.rpartition(".")[0]), path.rpartition(".")[2]
+        function = getattr(holder, name)
+
+        def timed(*args, **kwargs):
+            self.inside.append(0.0)  # seconds of other wrapped functions that this one calls
+            started = perf_counter()
+            result = function(*args, **kwargs)
+            seconds = perf_counter() - started
+            self.spent[part] += seconds - self.inside.pop()
+            if self.inside:
+                self.inside[-1] += seconds
+            if part == "logging":
+                self.end_step()
+            return result
+
+        setattr(holder, name, timed)
+
+    def end_step(self) -> None:
+        now = perf_counter()
+        whole, self.step_ended = now - self.step_ended, now
+        self.rows.append({**self.spent, "the rest": whole - self.spent.total(), "the whole step": whole})
+        self.spent.clear()
+        if len(self.rows) == self.steps:
+            raise Enough
+
+
+def measure(watch: Stopwatch, config, steps: int) -> dict:
+    """Medians of the parts and of the step, the shortest and longest step, and how many threads."""
+    import grpo
+
+    watch.spent.clear()
+    watch.rows, watch.steps, watch.step_ended = [], steps, perf_counter()
+    try:
+        grpo.train(config)
+    except Enough:
+        rows = watch.rows[2:] or watch.rows
+    found = {part: median(row.get(part, 0.0) for row in rows) for part in [*PARTS, *rows[0]]}
+    whole = [row["the whole step"] for row in rows]
+    return found | dict(least=min(whole), most=max(whole), threads=torch.get_num_threads())
+
+
+def origin(command: str, what: str) -> str:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    return f"`{command}`, {what}, {os.cpu_count()} cores of {cpu_name()}, {versions}, commit {commit.strip()}."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tiny", action="store_true", help="one step of each, a toy in the place of the 0.5B model")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "step_time.md")
+    options = parser.parse_args()
+    import grpo
+    import loading
+
+    threads, watch, found = torch.get_num_threads(), Stopwatch(), {}
+    for part, functions in PARTS.items():
+        for function in functions:
+            watch.wrap(function, part)
+    with tempfile.TemporaryDirectory() as folder:
+        config = replace(grpo.parse_config([]), runs=folder, task_args={"eval_size": 2})
+        found["default run"] = measure(watch, config, 1 if options.tiny else 50)
+        torch.set_num_threads(threads)  # which that run has limited
+        make_qwen(folder, options.tiny)
+        loading.find_eos = lambda model, tokenizer: []
+        size = dict(prompts_per_step=2, group_size=4, max_prompt_tokens=64, max_completion_tokens=32, eval_samples=1)
+        settings = dict(model=folder, task=f"{__file__}:Digits", dead_groups="keep", device="cpu", runs=folder)
+        found["0.5B"] = measure(watch, grpo.Config(**settings, **size), 1 if options.tiny else 5)
+    used = "; ".join(f"{name}: threads {row['threads']}" for name, row in found.items())
+    lines = [
+        f"{origin('python benchmarks/step_time.py', 'seed 0')} {used}.\n",
+        "| part | " + " | ".join(f"{name}, seconds a step | % of the step" for name in found) + " |",
+        "| --- " * (1 + 2 * len(found)) + "|",
+    ]
+    for part in [*PARTS, "the rest", "the whole step"]:
+        cells = [f"{row[part]:.4f} | {100 * row[part] / row['the whole step']:.1f}" for row in found.values()]
+        lines.append(f"| {part} | {' | '.join(cells)} |")
+    spans = [f"{row['least']:.4f} to {row['most']:.4f} | " for row in found.values()]
+    lines.append(f"| shortest and longest step | {' | '.join(spans)} |")
+    options.out.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
