@@ -260,6 +260,7 @@ class VLLMSampler:
             skip_tokenizer_init=True,  # token ids in, token ids out
             trust_remote_code=config.trust_remote_code,
             enforce_eager=self.on_cpu,
+            distributed_executor_backend="external_launcher" if processes > 1 else None,  # each on the GPU of its rank
             enable_sleep_mode=config.vllm_sleep,
             seed=config.seed,
         )

@@ -141,7 +141,7 @@ class Config:
     """AdamW's weight decay"""
     grad_clip: float = 1.0
     """largest norm of the gradient; a longer one is scaled down to it"""
-    tokens_per_microbatch: int = 16384
+    tokens_per_microbatch: int = 8192
     """tokens, padding included, that go through the model at once: lower it when memory runs out"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: slower, with less memory"""

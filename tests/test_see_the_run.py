@@ -127,7 +127,7 @@ def test_a_resumed_run_has_each_step_once(run, monkeypatch):
     monkeypatch.setattr(
         run_folder.RunFolder,
         "create",
-        classmethod(lambda cls, config: folders.append((made := create(cls, config)).path) or made),
+        classmethod(lambda cls, *args: folders.append((made := create(cls, *args)).path) or made),
     )
     with pytest.raises(ZeroDivisionError):
         run(report_to="tensorboard", steps=5, save_steps=2, eval_steps=0)
