@@ -29,7 +29,7 @@ import trackers
 from run_folder import time_limit
 from settings import HERE, MAX_LOGP_GAP, Config, Sampling, UsageError
 
-SINGLE_THREADED = 1_000_000  # models with fewer parameters run on one thread
+SINGLE_THREADED = 250_000  # models with fewer parameters run on one thread
 TASKS = {"arithmetic": "mathformer:ArithmeticTask", "countdown": "tasks:Countdown"}
 TASKS |= {"gsm8k": "tasks:GSM8K", "math": "tasks:Math"}
 

@@ -4,10 +4,10 @@
 
 Two Qwen2s with random weights: 0.3 M parameters (2 layers of width 128), 32 x 8 completions a step of at most 64
 tokens; and 2.8 M (4 of 256), 16 x 8 of at most 128. The same prompts and reward, float32, token weights, no KL penalty,
-one update a batch, torch sampling in both; all else as the two programs have it by default. `ragged`: the model stops by
-itself, after about 30 tokens. `fixed`: the end-of-sequence token is forbidden, all completions have the largest length.
-The two programs run in turns, each in a process of its own; a figure is the median over a process's steps without the
-first two. Writes results/against_trl.md.
+one update a batch, torch sampling in both; all else as the two programs have it by default. `ragged`: the model stops
+by itself. `fixed`: the end-of-sequence token is forbidden, all completions have the largest length. The two programs
+run in turns, each in a process of its own; a figure is the median over a process's steps without the first two. Writes
+results/against_trl.md.
 """
 
 import argparse
