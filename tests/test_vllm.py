@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+import test_parallel
 import torch
 import transformers
 from accelerate.state import AcceleratorState
@@ -290,3 +291,21 @@ def test_reward_rises_in_a_run_with_vllm(folder, config, precision, monkeypatch)
     rewards = [row["reward"] for row in rows]
     assert sum(rewards[:2]) / 2 < 0.3 and sum(rewards[-5:]) / 5 > 0.7, rewards
     assert max(row["sampler_logp_gap"] or 0 for row in rows) < (1e-3 if precision == "fp32" else 0.05)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_have_a_vllm_each(kind, tmp_path, tokenizer):
+    """Each gets the trainer's weights, gathered where no process has them whole, and samples a share of the prompts."""
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(**SHAPE | dict(hidden_size=128), tie_word_embeddings=True, initializer_range=0.1)
+    model = save_random(transformers.AutoModelForCausalLM.from_config(config), tmp_path / "model", tokenizer)
+    settings = dict(model=model, task="benchmarks/against_trl.py:Parity", sampler="vllm", steps=3, prompts_per_step=5)
+    settings |= dict(lr=1e-3, max_prompt_tokens=160, max_completion_tokens=16, kv_cache_gb=0.1, task_args="{}")
+    done = test_parallel.grpo_run(kind, tmp_path / "runs", **settings)
+    assert not done.returncode, done.stderr[-3000:]
+    (folder,) = (tmp_path / "runs").iterdir()
+    steps = test_parallel.rows(folder, "metrics.jsonl")
+    assert [row["step"] for row in steps] == [1, 2, 3] and all(row["grad_norm"] > 0 for row in steps)
+    assert all(row["sampler_logp_gap"] < 1e-3 for row in steps), "new weights have not come to all"
+    texts = {(row["prompt"], row["completion"]) for row in test_parallel.rows(folder, "rollouts.jsonl")}
+    assert len(texts) > 60
