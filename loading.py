@@ -23,6 +23,7 @@ from accelerate.utils import (
 )
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 import trackers
@@ -190,11 +191,17 @@ def make_accelerator(config: Config) -> Accelerator:
     if started > config.prompts_per_step:
         raise UsageError(f"{started} processes are to share {config.prompts_per_step} prompts_per_step: start fewer")
     buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # or DDP would hold all gradients twice
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision="bf16" if use_bf16 else "no", kwargs_handlers=[buckets])
+    fsdp = None
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        # left to itself, accelerate rounds to bf16 what comes out of the policy too: its log-probs
+        policy = MixedPrecisionPolicy(torch.bfloat16 if use_bf16 else None, torch.float32, None, False)
+        fsdp = FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
+    precision = "bf16" if use_bf16 else "no"
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, fsdp_plugin=fsdp, kwargs_handlers=[buckets])
     if accelerator.num_processes != started:  # they would be runs of their own, each like the others
         raise UsageError(f"{started} processes on {accelerator.device} cannot work together: try --device cpu")
     if accelerator.distributed_type == DistributedType.MULTI_CPU:
-        shard_on_cpu(accelerator)
+        shard_on_cpu(accelerator, fsdp)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         accelerator.deepspeed_plugin.deepspeed_config["gradient_clipping"] = config.grad_clip
         accelerator.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1  # it insists on a number
@@ -206,11 +213,11 @@ def make_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-def shard_on_cpu(accelerator: Accelerator) -> None:
+def shard_on_cpu(accelerator: Accelerator, fsdp: FullyShardedDataParallelPlugin | None) -> None:
     """FSDP or DeepSpeed as the launch asks for them, which accelerate has for GPUs only: here one can try and test."""
     state = accelerator.state
-    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    if fsdp:
+        state.fsdp_plugin = fsdp
         PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
     elif parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         state.deepspeed_plugins = DeepSpeedPlugin()

@@ -1,6 +1,6 @@
 """What tests/test_parallel.py starts in several processes: updates on rollouts that each of them has.
 
-    PYTHONPATH=.:tests accelerate launch --config_file configs/accelerate/ddp.yaml tests/several_processes.py OUT CASES
+    PYTHONPATH=.:tests accelerate launch --config_file configs/accelerate/ddp.yaml tests/several_processes.py OUT fp32 ...
 
 Writes to OUT, for each case, the weights after three updates, the metrics of the last, and log-probs.
 """
@@ -52,18 +52,19 @@ def trained(case: str, accelerator, config: grpo.Config) -> dict:
     return dict(weights=weights, metrics=metrics, logps=logps, drift=drift)
 
 
-def results(cases: list[str]) -> dict:
+def results(cases: list[str], precision: str = "fp32") -> dict:
     found = {}
     for case in [*cases, "one row"]:
         settings = CASES.get(case, (GRPO,))[0] | dict(lr=1e-4, max_completion_tokens=16, grad_clip=0.5)
+        settings |= dict(precision=precision)
         config = grpo.Config(model="m", task="t", device="cpu", **settings)
         found[case] = trained(case, loading.make_accelerator(config), config)
     return found
 
 
 if __name__ == "__main__":
-    out, *cases = sys.argv[1:]
-    found = results(cases)
+    out, precision, *cases = sys.argv[1:]
+    found = results(cases, precision)
     state = grpo.PartialState()
     assert state.num_processes == 2
     if state.is_main_process:

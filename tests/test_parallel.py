@@ -48,7 +48,7 @@ def rows(folder: Path, name: str) -> list[dict]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_train_as_one(kind, tmp_path):
     cases = [case for case in several_processes.CASES if kind == "ddp" or case not in several_processes.WHOLE_ONLY]
-    done = launch(kind, "tests/several_processes.py", str(tmp_path / "two.pt"), *cases)
+    done = launch(kind, "tests/several_processes.py", str(tmp_path / "two.pt"), "fp32", *cases)
     assert not done.returncode, done.stderr[-3000:]
     two = torch.load(tmp_path / "two.pt")
     assert two.pop("kind") == {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "deepspeed_zero2": "DEEPSPEED"}[kind]
@@ -66,6 +66,18 @@ def test_two_processes_train_as_one(kind, tmp_path):
     assert not torch.equal(
         *(one[case]["weights"]["model.embed_tokens.weight"] for case in ("uneven shares", "nothing to learn"))
     )
+
+
+def test_log_probs_of_a_sharded_policy_in_bf16_are_not_rounded_to_it(tmp_path):
+    """accelerate's own setting for FSDP2 rounds what comes out of the policy."""
+    done = launch("fsdp2", "tests/several_processes.py", str(tmp_path / "two.pt"), "bf16", "uneven shares")
+    assert not done.returncode, done.stderr[-3000:]
+    found = torch.load(tmp_path / "two.pt")["uneven shares"]
+    logps = torch.tensor(sum(found["logps"], []))
+    assert (logps != logps.bfloat16().float()).float().mean() > 0.9
+    exact = torch.tensor(sum(several_processes.results(["uneven shares"])["uneven shares"]["logps"], []))
+    assert 1e-4 < (logps - exact).abs().mean() < 0.1, "the policy itself is in bf16"
+    assert all(weight.dtype == torch.float32 for weight in found["weights"].values())
 
 
 @pytest.mark.parametrize(
