@@ -1,6 +1,6 @@
 """What tests/test_parallel.py starts in several processes: updates on rollouts that each of them has.
 
-    PYTHONPATH=.:tests accelerate launch --config_file configs/accelerate/ddp.yaml tests/several_processes.py OUT fp32 ...
+    PYTHONPATH=.:tests accelerate launch --config_file configs/accelerate/ddp.yaml tests/several_processes.py OUT fp32
 
 Writes to OUT, for each case, the weights after three updates, the metrics of the last, and log-probs.
 """
