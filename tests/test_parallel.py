@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import several_processes
 import torch
@@ -144,14 +145,16 @@ def test_a_process_that_dies_takes_the_others_with_it(tmp_path):
     assert len(rows(folder, "metrics.jsonl")) == 3
 
 
-def test_a_signal_to_the_launcher_stops_all_after_the_same_step(tmp_path):
+@pytest.mark.parametrize("signalled", ["the launcher", "one process"])
+def test_a_signal_stops_all_after_the_same_step(signalled, tmp_path):
     command = command_line("ddp", "grpo.py", *flags(tmp_path, steps=10_000, save_steps=9_999))
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT) as run:
         deadline = time.time() + 120
         while not list(tmp_path.glob("*/metrics.jsonl")) or not rows(next(tmp_path.iterdir()), "metrics.jsonl"):
             assert time.time() < deadline and run.poll() is None
             time.sleep(0.1)
-        run.send_signal(signal.SIGTERM)
+        workers = [p for p in psutil.Process(run.pid).children(recursive=True) if p.environ().get("RANK") == "1"]
+        (run if signalled == "the launcher" else workers[0]).send_signal(signal.SIGTERM)
         printed = run.communicate(timeout=60)[0]
     (folder,) = tmp_path.iterdir()
     (checkpoint,) = folder.glob("checkpoint-*")
