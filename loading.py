@@ -229,7 +229,8 @@ def shard_on_cpu(accelerator: Accelerator, fsdp: FullyShardedDataParallelPlugin 
 def choose_sampler(config: Config, model_config, device: torch.device) -> str:
     """`vllm` or `torch`, as the settings say; a UsageError if vLLM is asked for and cannot run here."""
     if config.sampler == "auto":
-        # the small model is as fast with torch, and may have experts, which vLLM's BLOOM has not
+        # On a CPU torch is as fast or faster up to 121 M parameters (benchmarks/results/samplers.md), without a sync.
+        # The small model may have experts, which vLLM's BLOOM has not.
         can = device.type == "cuda" and find_spec("vllm") and model_config.model_type != "mathformer"
         return "vllm" if can else "torch"
     if config.sampler == "vllm":
