@@ -726,8 +726,7 @@ def own_microbatches(rollouts: list[Rollout], token_budget: int) -> list[tuple[l
     be something they do together: where one has none left, it takes a short row along that does not count.
     """
     rows, state = sorted(rollouts, key=lambda r: -r.row_tokens), PartialState()
-    n = state.num_processes
-    of_all = [microbatches(rows[i::n], token_budget) for i in range(n)]
+    of_all = [microbatches(rows[i :: state.num_processes], token_budget) for i in range(state.num_processes)]
     own = [(batch, True) for batch in of_all[state.process_index]]
     return own + [(rows[-1:], False)] * (max(map(len, of_all)) - len(own))
 
