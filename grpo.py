@@ -361,8 +361,7 @@ def complete(
 ) -> list[Rollout]:
     """`group_size` completions of each problem, as the task's verifier judges them; those of a problem are neighbours.
 
-    `prefix` goes between the prompt and the completion, and is judged with it. Of several processes each takes a share
-    of the problems, and gets the rollouts of all.
+    `prefix` goes between the prompt and the completion, and is judged with it. Several processes share the problems.
     """
     problems, seed = parallel.share(problems), seed + 7_368_787 * PartialState().process_index
     behind = tokenizer(prefix, add_special_tokens=False)["input_ids"] if prefix else []
