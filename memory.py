@@ -101,12 +101,13 @@ class Spread(NamedTuple):
         return cls(n, 1, n, n) if kind == DistributedType.DEEPSPEED else cls(n)
 
 
+ALONE = Spread()
 # bytes a parameter on the card: weights, gradients, AdamW's moments; and what is on the CPU instead
 OPTIMIZER_BYTES = {"adamw": (4, 4, 8, 0), "adamw_8bit": (2, 2, 2, 0), "adamw_offload": (2, 2, 0, 12)}
 
 
 def needs(
-    shape: Shape, config: Config, bf16: bool, vllm: bool, on_gpu: bool, free: int, spread: Spread
+    shape: Shape, config: Config, bf16: bool, vllm: bool, on_gpu: bool, free: int, spread: Spread = ALONE
 ) -> dict[str, list[float]]:
     """Bytes of each part, on the card of one process, while sampling, in the pass of the reference, in the update."""
     n, s = shape.parameters, shape
