@@ -28,8 +28,6 @@ import grpo
 from mathformer.tokenizer import build_tokenizer
 from mathformer.train import build_model
 
-torch.compiler.set_stance("force_eager")  # torchao compiles the steps of its optimizers: longer than the tests take
-
 PRETRAINED = "mathformer/pretrained"
 SHAPE = dict(vocab_size=33, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 SHAPE |= dict(num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.4)
@@ -65,6 +63,16 @@ def model(tokenizer):
 @pytest.fixture
 def accelerator():
     return Accelerator(cpu=True)
+
+
+@pytest.fixture
+def no_compile():
+    """torchao compiles the steps of its optimizers, which takes longer than the tests.
+
+    Not for every test: before its first compilation torch asks the system for AMX, which vLLM's bf16 kernels use unasked.
+    """
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @pytest.fixture

@@ -242,6 +242,7 @@ def live_bytes(work) -> int:
     return most
 
 
+@pytest.mark.usefixtures("no_compile")
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "adamw_offload"])
 @pytest.mark.parametrize("bf16", [False, True])

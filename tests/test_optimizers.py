@@ -16,6 +16,7 @@ from optimizers import OffloadedAdamW, load_moments, make_optimizer, packed_mome
 from run_folder import RunFolder
 from settings import UsageError
 
+pytestmark = pytest.mark.usefixtures("no_compile")
 SMALL = ["adamw_8bit", "adamw_offload"]
 
 

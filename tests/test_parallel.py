@@ -46,6 +46,7 @@ def rows(folder: Path, name: str) -> list[dict]:
     return [{key: value for key, value in row.items() if key not in timed} for row in found]
 
 
+@pytest.mark.usefixtures("no_compile")
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_train_as_one(kind, tmp_path):
     cases = [case for case in several_processes.CASES if kind == "ddp" or case not in several_processes.WHOLE_ONLY]

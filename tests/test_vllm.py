@@ -293,7 +293,7 @@ def test_reward_rises_in_a_run_with_vllm(folder, config, precision, monkeypatch)
     assert max(row["sampler_logp_gap"] or 0 for row in rows) < (1e-3 if precision == "fp32" else 0.05)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
 def test_two_processes_have_a_vllm_each(kind, tmp_path, tokenizer):
     """Each gets the trainer's weights, gathered where no process has them whole, and samples a share of the prompts."""
     torch.manual_seed(0)
