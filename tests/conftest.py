@@ -69,7 +69,7 @@ def accelerator():
 def no_compile():
     """torchao compiles the steps of its optimizers, which takes longer than the tests.
 
-    Not for every test: before its first compilation torch asks the system for AMX, which vLLM's bf16 kernels use unasked.
+    Not for all tests: before its first compilation torch asks the system for AMX, which vLLM's bf16 kernels need.
     """
     with torch.compiler.set_stance("force_eager"):
         yield
