@@ -16,7 +16,7 @@ can be used for more than one update. One step:
 There is no learned reward model, no critic and no replay. Lines that a student will want to change are marked
 `# GRPO:`. What is not the algorithm is next door: settings.py (every setting, from command line and YAML), loading.py
 (task, model, device), optimizers.py (AdamW in three sizes), memory.py (what a run needs of a card), parallel.py
-(several processes), run_folder.py (logs, checkpoints, curves), kv_cache.py (a cache that grows in place).
+(several processes), run_folder.py (logs, checkpoints, curves), kv_cache.py (keys and values of past tokens).
 
     python grpo.py                              arithmetic on a CPU, about a minute, no download
     python grpo.py --steps 0                    evaluate, show one group of completions, stop
@@ -131,8 +131,7 @@ def keep_top(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
     top_k 0 and top_p 1 are off. The most likely token always stays.
     """
     if top_k:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -math.inf)
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -math.inf)
     if top_p < 1:
         ordered, order = logits.sort(descending=True)
         probs = ordered.softmax(-1)
@@ -150,7 +149,8 @@ class TorchSampler:
     """
 
     def __init__(self, model: nn.Module, eos_ids: list[int], sample_rows=256, autocast=nullcontext, source=None):
-        self.model, self.sample_rows, self.autocast, self.source = model, sample_rows, autocast, source
+        self.model, self.source = kv_cache.share_keys(model), source
+        self.sample_rows, self.autocast = sample_rows, autocast
         self.device = next(model.parameters()).device
         self.eos = torch.tensor(eos_ids, device=self.device)
         self.generator = torch.Generator(self.device)  # its own, so that sampling does not depend on anything else
@@ -228,9 +228,8 @@ class TorchSampler:
 
     def _forward(self, ids, mask, cache):
         """Next-token logits [B, V] after the last column of `ids` [B, T]; `mask` [B, past + T] is 0 on padding."""
-        position = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        inputs = dict(attention_mask=mask, position_ids=position, past_key_values=cache)
-        out = self.model.base_model(ids, **inputs, use_cache=True)
+        at = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        out = self.model.base_model(ids, attention_mask=mask, position_ids=at, past_key_values=cache, use_cache=True)
         return output_logits(self.model, out.last_hidden_state[:, -1]), out.past_key_values
 
 
@@ -706,16 +705,18 @@ def token_weights(
 def microbatches(rollouts: list[Rollout], token_budget: int) -> list[list[Rollout]]:
     """Splits rows into batches of at most `token_budget` tokens, padding included; a longer row is a batch by itself.
 
-    Sorted by length, since padding costs as much as tokens do. For the same reason a batch of 2,048 tokens, enough to
-    keep a device busy, takes no row that is less than 3/4 as long as its longest.
+    Of all cuts through the rows in order of length the cheapest: a batch costs 256 tokens more than it has.
     """
-    batches: list[list[Rollout]] = []
-    for rollout in sorted(rollouts, key=lambda r: -r.row_tokens):
-        n, longest = (len(batches[-1]), batches[-1][0].row_tokens) if batches else (0, math.inf)
-        if (n + 1) * longest > token_budget or (n * longest >= 2048 and 4 * rollout.row_tokens < 3 * longest):
-            batches.append([])
-        batches[-1].append(rollout)
-    return batches
+    rows = sorted(rollouts, key=lambda r: -r.row_tokens)
+    best = {len(rows): (0, 0)}  # of the rows from i on: the lowest cost, and where their first batch ends
+    for i in reversed(range(len(rows))):
+        longest = rows[i].row_tokens
+        ends = range(i + 1, 1 + min(len(rows), i + max(1, token_budget // longest)))
+        best[i] = min((256 + (end - i) * longest + best[end][0], end) for end in ends)
+    cuts = [0]
+    while cuts[-1] < len(rows):
+        cuts.append(best[cuts[-1]][1])
+    return [rows[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
 
 
 def own_microbatches(rollouts: list[Rollout], token_budget: int) -> list[tuple[list[Rollout], bool]]:
@@ -1076,8 +1077,7 @@ def train(config: Config) -> dict[str, Any]:
             add_logps("ref_logps", reference, rollouts, accelerator, config)
         assign_advantages(rollouts, config)
         lengths = torch.tensor([0 if r.truncated and config.mask_truncated else r.length for r in rollouts])
-        rows = int((lengths > 0).sum())
-        weights = token_weights(lengths, config.loss_weight, config.max_completion_tokens, total_rows=rows)
+        weights = token_weights(lengths, config.loss_weight, config.max_completion_tokens, None, int(sum(lengths > 0)))
         run_folder.show_group(rollouts, weights.tolist(), tokenizer, config.group_size)
         return result
     final = folder.save_final(model, tokenizer, optimizer, config, evaluations)

@@ -1,7 +1,47 @@
-"""A key-value cache for sampling, in which neither a new token nor a row that ends costs a copy of the whole."""
+"""A key-value cache for sampling, of which neither a new token nor a row that ends nor the attention costs a copy."""
 
 import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+ATTENTION = "sdpa_shared_keys"
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def share_keys(model):
+    """The model, which computes with `attention` from now on if it is one that would with `sdpa` of the library."""
+    if model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
+        model.set_attn_implementation(ATTENTION)
+    return model
+
+
+def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """The library's attention, but for a new token in a model whose heads share keys (arXiv 2305.13245).
+
+    The library then repeats the keys and values for each head that shares them, which for padded prompts is a copy of
+    several times the cache for each new token. Here the heads that share keys are queries of one head.
+
+    Args:
+        query: [B, heads, T, D]. key, value: [B, heads of the keys, keys, D].
+        attention_mask: None or [B, 1 or heads, T, keys], False or -inf on what is not seen.
+
+    Returns:
+        [B, T, heads, D], and None in the place of the attention's weights.
+    """
+    (B, heads, T, D), key_heads = query.shape, key.shape[1]
+    if T > 1 or heads == key_heads or kwargs.get("position_bias") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if attention_mask is not None:
+        attention_mask = attention_mask.expand(B, heads, 1, -1).view(B, key_heads, heads // key_heads, -1)
+    query = query.reshape(B, key_heads, heads // key_heads, D)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+    return out.reshape(B, 1, heads, D), None
+
+
+AttentionInterface.register(ATTENTION, attention)
 
 
 def make_room(cache) -> None:

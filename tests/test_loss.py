@@ -374,14 +374,41 @@ def test_microbatches_fill_the_budget_and_lose_nothing(make_rollouts):
     assert [len(b) for b in grpo.microbatches(rollouts[:3], 1)] == [1, 1, 1]
 
 
-def test_microbatches_spend_little_on_padding_and_are_not_tiny():
-    rows = [grpo.Rollout([1] * 6, [3] * (1 + i), [0.0] * (1 + i), False) for i in range(100) for _ in range(4)]
-    batches = grpo.microbatches(rows, 16384)
-    assert sorted(map(id, sum(batches, []))) == sorted(map(id, rows))
-    padded = [len(batch) * batch[0].row_tokens for batch in batches]
-    assert max(padded) <= 16384 and min(padded[:-1]) >= 2048
-    assert sum(padded) < 1.25 * sum(r.row_tokens for r in rows), "two batches of 16,384 would be 1.6 times the tokens"
-    assert len(grpo.microbatches(rows, 1_000_000)) == len(batches) and len(grpo.microbatches(rows[-9:], 16384)) == 1
+def row_of(tokens: int) -> grpo.Rollout:
+    return grpo.Rollout([1], [3] * (tokens - 1), [0.0] * (tokens - 1), False)
+
+
+def test_microbatches_are_the_cheapest_cuts():
+    """Against all cuts of a few rows, where a batch costs its tokens, padding included, and 256 more."""
+
+    def cost(batches):
+        return sum(256 + len(batch) * max(batch) for batch in batches)
+
+    rng, sizes = random.Random(0), set()
+    for _ in range(60):
+        lengths = sorted((rng.choice((20, 100, 400)) + rng.randrange(100) for _ in range(8)), reverse=True)
+        budget = rng.choice((300, 900, 2000))
+        found = [[r.row_tokens for r in batch] for batch in grpo.microbatches(list(map(row_of, lengths)), budget)]
+        assert sum(found, []) == lengths
+        allowed = []
+        for cuts in range(1 << 7):
+            batches = [[lengths[0]]]
+            for i, length in enumerate(lengths[1:]):
+                if cuts >> i & 1:
+                    batches.append([])
+                batches[-1].append(length)
+            if all(len(batch) == 1 or len(batch) * batch[0] <= budget for batch in batches):
+                allowed.append(batches)
+        assert cost(found) == min(map(cost, allowed))
+        sizes |= set(map(len, found))
+    assert len(sizes) > 4
+
+
+def test_many_rows_are_cut_with_little_padding():
+    rows = [row_of(7 + i) for i in range(100) for _ in range(4)]
+    padded = [len(batch) * batch[0].row_tokens for batch in grpo.microbatches(rows, 16384)]
+    assert sum(padded) < 1.15 * sum(r.row_tokens for r in rows), "two batches of 16,384 would be 1.6 times the tokens"
+    assert len(padded) < 20
 
 
 def test_learning_rate_schedules(make_config):

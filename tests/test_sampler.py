@@ -1,10 +1,14 @@
 """TorchSampler: it samples from the distribution that is trained, and says so with its log-probs."""
 
+import json
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import SHAPE, other_model, row_logps
 from transformers import BloomConfig, BloomForCausalLM, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations import sdpa_attention
 
 import grpo
 import kv_cache
@@ -61,6 +65,29 @@ def test_growing_layer_equals_the_layer_it_replaces():
             for ours, theirs in zip(growing.update(*states), plain.update(*states), strict=True):
                 assert torch.equal(ours, theirs)
         assert growing.get_seq_length() == plain.get_seq_length()
+
+
+@pytest.mark.parametrize("mask", [None, "seen", "added", "for each head"])
+@pytest.mark.parametrize("tokens, heads, scaling", [(1, 6, None), (1, 6, 0.7), (1, 2, None), (5, 6, 0.7)])
+def test_attention_to_shared_keys_is_the_librarys(tokens, heads, scaling, mask):
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, heads, tokens, 8), torch.randn(3, 2, 9, 8), torch.randn(3, 2, 9, 8)
+    masks = {"seen": torch.rand(3, 1, tokens, 9) < 0.7, "added": torch.randn(3, 1, tokens, 9)}
+    masks |= {"for each head": torch.randn(3, heads, tokens, 9)}
+    module = SimpleNamespace(num_key_value_groups=heads // 2, is_causal=True)
+    inputs = module, query, key, value, masks.get(mask)
+    ours, theirs = (f(*inputs, scaling=scaling)[0] for f in (kv_cache.attention, sdpa_attention.sdpa_attention_forward))
+    assert ours.shape == theirs.shape and torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_shared_keys_are_repeated_for_the_prompts_only(tmp_path, monkeypatch):
+    repeated, repeat = [], sdpa_attention.repeat_kv
+    monkeypatch.setattr(sdpa_attention, "repeat_kv", lambda *args: repeated.append(1) or repeat(*args))
+    model = other_model("qwen2")
+    sample(model)
+    assert len(repeated) == 2 * SHAPE["num_hidden_layers"], "keys and values of each layer, once"
+    model.save_pretrained(tmp_path)
+    assert "sdpa" not in json.dumps(json.loads((tmp_path / "config.json").read_text())), "others do not know it"
 
 
 def test_groups_are_contiguous_and_end_where_they_should(model):
