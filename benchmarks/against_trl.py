@@ -4,10 +4,11 @@
 
 Two Qwen2s with random weights: 0.3 M parameters (2 layers of width 128), 32 x 8 completions a step of at most 64
 tokens; and 2.8 M (4 of 256), 16 x 8 of at most 128. The same prompts and reward, float32, token weights, no KL penalty,
-one update a batch, torch sampling in both; all else as the two programs have it by default. `ragged`: the model stops
-by itself. `fixed`: the end-of-sequence token is forbidden, all completions have the largest length. The two programs
-run in turns, each in a process of its own; a figure is the median over a process's steps without the first two. Writes
-results/against_trl.md.
+one update a batch, torch sampling in both; all else as the two programs have it by default. The prompts are sums of
+numbers of 1 to 3 digits, 5 to 9 tokens; with `--digits 1` all have 5, which no task's prompts do, and none is padded.
+`ragged`: the model stops by itself. `fixed`: the end-of-sequence token is forbidden, all completions have the largest
+length. The two programs run in turns, each in a process of its own; a figure is the median over a process's steps
+without the first two. Writes results/against_trl.md.
 """
 
 import argparse
@@ -35,8 +36,11 @@ PROMPT = "<sos><big>{}+{}"
 class Parity:
     """Any prompt; a completion is right if it has an odd number of symbols."""
 
+    def __init__(self, digits: int = 3):
+        self.digits = digits
+
     def problem(self, rng):
-        return PROMPT.format(rng.randrange(10), rng.randrange(10))
+        return PROMPT.format(*(rng.randrange(10 ** rng.randint(1, self.digits)) for _ in range(2)))
 
     def train(self, rng, step):
         return {"prompt": self.problem(rng)}
@@ -68,7 +72,7 @@ def make_model(folder: Path, size: str = "2.8M") -> None:
     tokenizer.save_pretrained(folder)
 
 
-def ours(model: str, size: str, lengths: str, steps: int) -> list[dict]:
+def ours(model: str, size: str, lengths: str, digits: int, steps: int) -> list[dict]:
     import grpo
     import loading
     from run_folder import RunFolder
@@ -77,21 +81,22 @@ def ours(model: str, size: str, lengths: str, steps: int) -> list[dict]:
     if lengths == "fixed":
         loading.find_eos = lambda model, tokenizer: []
     with tempfile.TemporaryDirectory() as runs:
-        settings = dict(model=model, task=f"{__file__}:Parity", prompts_per_step=prompts, group_size=G, lr=1e-6)
-        settings |= dict(max_completion_tokens=tokens, max_prompt_tokens=16, eval_steps=0, print_groups=0, runs=runs)
+        settings = dict(model=model, task=f"{__file__}:Parity", task_args={"digits": digits}, lr=1e-6)
+        settings |= dict(prompts_per_step=prompts, group_size=G, max_completion_tokens=tokens, max_prompt_tokens=16)
+        settings |= dict(eval_steps=0, print_groups=0, runs=runs)
         folder = RunFolder(grpo.train(grpo.Config(**settings, steps=steps, save_steps=steps, device="cpu"))["run"])
         rows = folder.read("metrics.jsonl")
     keys = ("seconds_sample", "seconds_train", "seconds_sync")
     return [{"seconds": sum(row[key] for key in keys), "length": row["length"]} for row in rows]
 
 
-def theirs(model: str, size: str, lengths: str, steps: int) -> list[dict]:
+def theirs(model: str, size: str, lengths: str, digits: int, steps: int) -> list[dict]:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     *_, prompts, tokens = WORK[size]
-    rng, task, times = random.Random(0), Parity(), []
+    rng, task, times = random.Random(0), Parity(digits), []
     data = Dataset.from_list([{"prompt": task.problem(rng)} for _ in range(prompts * (steps + 2))])
 
     class Clock(TrainerCallback):
@@ -116,9 +121,10 @@ def theirs(model: str, size: str, lengths: str, steps: int) -> list[dict]:
     return [{"seconds": s, "length": n} for s, n in zip(seconds, mean_lengths[1:], strict=True)]
 
 
-def measure(program: str, model: str, size: str, lengths: str, steps: int) -> dict:
+def measure(program: str, model: str, size: str, lengths: str, options) -> dict:
     """In a process of its own: the median of its steps."""
-    command = [sys.executable, __file__, "--one", program, model, size, lengths, "--steps", str(steps)]
+    command = [sys.executable, __file__, "--one", program, model, size, lengths]
+    command += ["--digits", str(options.digits), "--steps", str(options.steps)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     if done.returncode:
         raise RuntimeError(done.stderr[-3000:])
@@ -129,13 +135,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--digits", type=int, default=3, help="of the numbers in the prompts, at most")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "against_trl.md")
     parser.add_argument("--tiny", action="store_true", help="2 x 8 completions of 8 tokens, fixed only")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         program, *how = options.one
-        rows = {"ours": ours, "TRL": theirs}[program](*how, options.steps)[2:]
+        rows = {"ours": ours, "TRL": theirs}[program](*how, options.digits, options.steps)[2:]
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         middle = {key: median(row[key] for row in rows) for key in ("seconds", "length")}
         print(json.dumps(middle | {"peak": peak}))
@@ -146,7 +153,8 @@ def main() -> None:
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     lines = [
-        f"`python benchmarks/against_trl.py`, {options.pairs} pairs in turns, {options.steps} steps each, seed 0, "
+        f"`python benchmarks/against_trl.py --digits {options.digits}`, {options.pairs} pairs in turns, "
+        f"{options.steps} steps each, seed 0, "
         f"{os.cpu_count()} cores of {cpu_name()}, Python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, trl {trl.__version__}, commit {commit.strip()}. Medians of the "
         "pairs; in brackets the smallest and the largest. Memory is of the whole process.\n",
@@ -159,7 +167,7 @@ def main() -> None:
             make_model(Path(folder), size)
             for i in range(options.pairs):
                 order = ("ours", "TRL") if i % 2 == 0 else ("TRL", "ours")
-                pair = {program: measure(program, folder, size, lengths, options.steps) for program in order}
+                pair = {program: measure(program, folder, size, lengths, options) for program in order}
                 print(size, lengths, pair, flush=True)
                 pairs.append((pair["ours"], pair["TRL"]))
         cells = [f"{median(pair[j]['length'] for pair in pairs):.1f}" for j in (0, 1)]

@@ -3,14 +3,14 @@
     python benchmarks/samplers.py                                 in an environment that has vLLM
     python benchmarks/samplers.py --sizes 0.5B --out 0.5B.md      a model of the shape of Qwen2.5-0.5B
 
-`grpo.TorchSampler` and `grpo.VLLMSampler` with the same random weights in float32, prompts of 8 tokens, 8 completions
-of each. (vLLM shares a prompt in whole blocks, on a CPU of 128 tokens: it reads these 8 times.) `fixed`: no token ends
-a completion, all have the largest length. `ragged`: so many tokens end one that it has about a third of that. `0.2M`
-is the shipped small model with 2 heads of 32 in the place of 4 of 16, which vLLM's kernels for CPUs do not take; the
-others are Qwen2s. Each sampler has a process of its own, with as many threads as the other one; they take turns, after
-a ragged call each as a warm-up. A figure is the median over the turns, in brackets the smallest and the largest; the
-ratio is that of neighbours. `sync` is what new weights for vLLM take after each update; torch's sampler has the
-trainer's own. Writes results/samplers.md.
+`grpo.TorchSampler` and `grpo.VLLMSampler` with the same random weights in float32, prompts of 4 to 12 tokens, 8
+completions of each. (vLLM shares a prompt in whole blocks, on a CPU of 128 tokens: it reads these 8 times.) `fixed`:
+no token ends a completion, all have the largest length. `ragged`: so many tokens end one that it has about a third of
+that. `0.2M` is the shipped small model with 2 heads of 32 in the place of 4 of 16, which vLLM's kernels for CPUs do
+not take; the others are Qwen2s. Each sampler has a process of its own, with as many threads as the other one; they
+take turns, after a ragged call each as a warm-up. A figure is the median over the turns, in brackets the smallest and
+the largest; the ratio is that of neighbours. `sync` is what new weights for vLLM take after each update; torch's
+sampler has the trainer's own. Writes results/samplers.md.
 """
 
 import argparse
@@ -65,11 +65,11 @@ def work(kind: str, size: str, folder: str) -> None:
         sampler = grpo.TorchSampler(model, [])
     else:
         model.save_pretrained(folder)
-        lengths = dict(max_prompt_tokens=8, max_completion_tokens=tokens)
+        lengths = dict(max_prompt_tokens=12, max_completion_tokens=tokens)
         config = grpo.Config(folder, "arithmetic", prompts_per_step=P, **lengths, device="cpu")
         sampler = grpo.VLLMSampler(folder, model, [], config, bf16=False)
     rng, V = random.Random(0), model.config.vocab_size
-    prompts = [rng.choices(range(V), k=8) for _ in range(P)]
+    prompts = [rng.choices(range(V), k=rng.randint(4, 12)) for _ in range(P)]
     ends = {"fixed": [], "ragged": rng.sample(range(V), round(3 * V / tokens))}
     for seed, line in enumerate(sys.stdin):
         started = time.perf_counter()

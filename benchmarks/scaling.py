@@ -70,7 +70,8 @@ def run(model: str, times: int, tiny: bool) -> dict:
     with tempfile.TemporaryDirectory() as runs:
         settings = dict(model=model, task=f"{Path(__file__).with_name('against_trl.py')}:Parity", device="cpu", lr=1e-6)
         settings |= dict(prompts_per_step=times * P, group_size=G, max_completion_tokens=tokens, max_prompt_tokens=16)
-        settings |= dict(sample_rows=P * G, tokens_per_microbatch=P * G // 2 * (5 + tokens))  # prompts have 4 or 5
+        settings |= dict(task_args={"digits": 1}, sample_rows=P * G)
+        settings |= dict(tokens_per_microbatch=P * G // 2 * (5 + tokens))  # prompts have 5
         settings |= dict(steps=steps, save_steps=steps, eval_samples=1, print_groups=0, dead_groups="keep", runs=runs)
         folder = grpo.RunFolder(grpo.train(grpo.Config(**settings))["run"])
         rows = folder.read("metrics.jsonl")[1:-1] or folder.read("metrics.jsonl")[:1]
