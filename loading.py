@@ -137,7 +137,7 @@ def load_model(name: str, gradient_checkpointing: bool = False, trust_remote_cod
 def limit_threads(model: nn.Module) -> None:
     """One thread for a tiny model on a CPU, unless OMP_NUM_THREADS says otherwise.
 
-    It gains nothing from a second one, and threads of two such programs on one machine wait for each other: two default
+    It gains little from a second one, and threads of two such programs on one machine wait for each other: two default
     runs at a time took twenty times as long.
     """
     if sum(p.numel() for p in model.parameters()) < SINGLE_THREADED and "OMP_NUM_THREADS" not in os.environ:
