@@ -705,7 +705,7 @@ def token_weights(
 def microbatches(rollouts: list[Rollout], token_budget: int) -> list[list[Rollout]]:
     """Splits rows into batches of at most `token_budget` tokens, padding included; a longer row is a batch by itself.
 
-    Of all cuts through the rows in order of length the cheapest: a batch costs 256 tokens more than it has.
+    The cheapest cuts through the rows in order of length. What a batch costs besides its tokens is worth some 256 more.
     """
     rows = sorted(rollouts, key=lambda r: -r.row_tokens)
     best = {len(rows): (0, 0)}  # of the rows from i on: the lowest cost, and where their first batch ends
