@@ -19,6 +19,7 @@ from pathlib import Path
 from arithmetic_seeds import ROOT
 
 SETTINGS = ["--task_args.max_depth", "6", "--max_prompt_tokens", "64"]
+SETTINGS += ["--minibatches", "1", "--lr", "7e-4", "--lr_schedule", "constant"]
 SETTINGS += ["--max_completion_tokens", "128", "--eval_steps", "100", "--save_steps", "250"]
 
 

@@ -348,7 +348,7 @@ def largest_number(tree: Tree) -> int:
 
 def generate(
     rng: random.Random, max_digits: int, max_depth: int, operators: Sequence[str] = ("+", "-", "*"),
-    max_value: int | None = None, negatives: float = 0.0,
+    max_value: int | None = None, negatives: float = 0.0, for_eval: bool | None = None,
 ) -> Tree:  # fmt: skip
     """A random tree with at least one operator, and without a division by zero.
 
@@ -360,9 +360,10 @@ def generate(
         max_value: trees with a larger number in them or in their worked steps are drawn again, so that each step
             stays a small one. It holds for numerators and denominators too.
         negatives: probability of a minus in front of a number.
+        for_eval: only trees that are held out for the evaluation, or only those that are not; None takes both.
 
     Raises:
-        ValueError: hardly any tree keeps to `max_value`, or none is without a division by zero.
+        ValueError: none of many trees is of the wanted kind, keeps to `max_value` and divides by no zero.
     """
 
     def grow(levels: int) -> Tree:
@@ -372,14 +373,21 @@ def generate(
         symbol = operators[int(rng.random() * len(operators))]
         return Operation(symbol, tuple(grow(levels - 1) for _ in range(OPERATORS[symbol].arity)))
 
+    of_the_kind = 0
     for _ in range(MAX_DRAWS):
         tree = grow(max_depth)
+        if for_eval is not None and held_out(tree) != for_eval:  # first: of what comes next, each step is computed
+            continue
+        of_the_kind += 1
         try:
             largest = largest_number(tree)
         except ZeroDivisionError:
             continue
         if max_value is None or largest <= max_value:
             return tree
+    if not of_the_kind:
+        kind = "held out for the evaluation" if for_eval else "left for training"
+        raise ValueError(f"too few different problems: none is {kind}; take more digits, depth or operators")
     raise ValueError(f"none of {MAX_DRAWS} random problems keeps to max_value {max_value} and divides by no zero")
 
 

@@ -1,8 +1,8 @@
 """The experiments of notebooks 5 and 6: what is changed in each, and `run`, which trains the small model with it.
 
-Every arm is `python grpo.py --config configs/arithmetic.yaml --prompts_per_step 16 --steps 60` with settings of its
-own: 128 completions a step, some 15 s on one core. benchmarks/workshop.py runs all of them with three seeds, and writes
-what `recorded` reads.
+Every arm is `python grpo.py --config configs/arithmetic.yaml` with ONE_UPDATE and settings of its own: 60 steps of 128
+completions, some 15 s on one core. benchmarks/workshop.py runs all of them with three seeds, and writes what `recorded`
+reads.
 """
 
 import io
@@ -17,10 +17,12 @@ import grpo
 from mathformer import ArithmeticTask
 from mathformer.task import is_true_equation
 from run_folder import RunFolder
-from settings import PRESET, parse_config
+from settings import PRESET, Config, parse_config
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "benchmarks" / "results" / "workshop.jsonl"
+# at a constant rate, so that what a setting does is not hidden by what the rate does
+ONE_UPDATE = dict(prompts_per_step=16, steps=60, minibatches=1, lr=7e-4, lr_schedule="constant")
 KEYS = ("reward", "correct", "length", "length_correct", "length_wrong", "zero_advantage_groups", "truncated", "worked")
 
 
@@ -75,15 +77,19 @@ ARMS = {
 }
 
 
+def config_of(**settings) -> Config:
+    """The settings of all arms, and these."""
+    chosen = ONE_UPDATE | dict(eval_steps=0, print_groups=0, device="cpu") | settings
+    return parse_config(["--config", str(PRESET), *(f"--{name}={value}" for name, value in chosen.items())])
+
+
 def run(seed: int = 0, eval_size: int = 20, **settings) -> tuple[list[dict], list[dict], list[dict]]:
     """Trains with these settings: the rows of metrics.jsonl, of eval.jsonl, and the last step's of rollouts.jsonl.
 
     `eval_size` is the number of evaluation problems, few as a rule, since they take longer than many a step.
     """
     with TemporaryDirectory() as runs:
-        chosen = dict(prompts_per_step=16, steps=60, eval_steps=0, print_groups=0, device="cpu") | settings
-        chosen |= {"task_args.eval_size": eval_size, "seed": seed, "runs": runs}
-        config = parse_config(["--config", str(PRESET), *(f"--{name}={value}" for name, value in chosen.items())])
+        config = config_of(**settings | {"task_args.eval_size": eval_size, "seed": seed, "runs": runs})
         with redirect_stdout(io.StringIO()):  # the bar, on stderr, stays
             folder = RunFolder(grpo.train(config)["run"])
         rollouts = [row for row in folder.read("rollouts.jsonl") if row["step"] == config.steps]

@@ -43,6 +43,7 @@ SMALLEST = {
     "scaling": (["--tiny", "--out", "OUT/s.md"], ["s.md"]),
     "step_time": (["--tiny", "--out", "OUT/s.md"], ["s.md"]),
     "tiers": ([*ONE_RUN, "--seeds", "0", "--tiers", "gradient checkpointing", "--out", "OUT/t.md"], ["t.md"]),
+    "time_to_accuracy": (["--turns", "1", "--steps", "1", "--out", "OUT/t.md"], ["t.md"]),
     "variants": ([*ONE_RUN, "--seeds", "0", "--variants", "the defaults", "--out", "OUT/v.md"], ["v.md", "v.png"]),
     "workshop": ([*ONE_RUN, "--seeds", "0", "--arms", "base", "--out", "OUT/w.md"], ["w.md", "w.jsonl"]),
 }

@@ -28,7 +28,6 @@ from workshop import check, compare, predict
 import experiments
 import grpo
 import loading
-from settings import PRESET, parse_config
 
 STEPS, SEED = 60, 0  # take another seed than your neighbour
 # %% [markdown]
@@ -56,7 +55,7 @@ step_loss = check(step_loss)
 # Sample, judge, compare within the group, one gradient step. Read it once, line by line: each line is one of notebooks
 # 1 to 3. Dead groups have advantage 0, so nothing is computed for them; their tokens still count in the total.
 # %%
-config = parse_config(["--config", str(PRESET), f"--seed={SEED}", "--prompts_per_step=16", "--device=cpu"])
+config = experiments.config_of(seed=SEED)  # the default run's, but 16 prompts a step, and one update
 task = loading.load_task(config.task, config.task_args)
 
 
