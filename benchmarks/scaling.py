@@ -11,10 +11,10 @@ the steps. `live tensors`: the peak of the bytes that one update's tensors take,
 were there before it.
 
 Padding: percent of the positions of all batches that hold no token; in brackets the number of batches. `default run`:
-the rows that `python grpo.py` trains on. `geometric`: 32 x 8 completions that end after each token with a probability
-of 1/250, and at 512; prompts of 50 to 150 tokens. `together`: all rows in one batch. `in order`: in the order in which
-they were sampled, as many to a batch as the budget allows if all were as long as the longest. `sorted`:
-`grpo.microbatches`. Writes results/scaling.md.
+the rows of the first of the updates that `python grpo.py` makes in a step. `geometric`: 32 x 8 completions that end
+after each token with a probability of 1/250, and at 512; prompts of 50 to 150 tokens. `together`: all rows in one
+batch. `in order`: in the order in which they were sampled, as many to a batch as the budget allows if all were as long
+as the longest. `sorted`: `grpo.microbatches`. Writes results/scaling.md.
 """
 
 import argparse
@@ -80,19 +80,20 @@ def run(model: str, times: int, tiny: bool) -> dict:
 
 
 def trained_rows(steps: int) -> list[list]:
-    """The rows that the default run trains on, step by step: dead groups have no forward pass."""
+    """The rows of the first update of each step of the default run: dead groups have no forward pass."""
     import grpo
 
-    update, seen = grpo.update, []
+    cut, seen = grpo.own_microbatches, []
 
-    def recorded(policy, optimizer, accelerator, rollouts, *args):
-        seen.append([row for row in rollouts if not row.dead])
-        return update(policy, optimizer, accelerator, rollouts, *args)
+    def recorded(rows, *args):
+        seen.append(rows)
+        return cut(rows, *args)
 
-    grpo.update = recorded
+    grpo.own_microbatches = recorded
     with tempfile.TemporaryDirectory() as runs:
-        grpo.train(replace(grpo.parse_config([]), steps=steps, task_args={"eval_size": 2}, runs=runs))
-    return seen
+        config = replace(grpo.parse_config([]), steps=steps, task_args={"eval_size": 2}, runs=runs)
+        grpo.train(config)
+    return seen[:: config.minibatches]
 
 
 def geometric_rows() -> list:

@@ -8,6 +8,8 @@ from functools import partial
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for a server
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")  # some virtual machines announce AMX and forbid it
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: threads of two would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -151,7 +151,7 @@ for name in SHAPES:
 # | rung | command | minutes | go on if |
 # | --- | --- | --- | --- |
 # | 1 | `python grpo.py --steps 0` | 0.3 | pass@8 is well above pass@1 |
-# | 2 | `python grpo.py` | 1.0 | the reward rises, and you know what each curve means |
+# | 2 | `python grpo.py` | 1.1 | the reward rises, and you know what each curve means |
 # | 3 | `python benchmarks/long_run.py` | 14 | you can say why it stops |
 # | 4 | `--config configs/gsm8k-0.5b.yaml --steps 0` | some | format over 0.2, dead groups under 0.75 |
 # | 5 | the same with `--steps 20` | 5 to 10 | no alarm, `sampler_logp_gap` under 0.05, the reward moves |
