@@ -2,7 +2,8 @@
 
     python benchmarks/failures.py
 
-Each is `python grpo.py --config configs/arithmetic.yaml --steps 60 --seed 0` with the flags of its row. Two run at a
+Each is `python grpo.py --config configs/arithmetic.yaml --steps 60 --minibatches 1 --lr 7e-4 --lr_schedule constant
+--seed 0` with the flags of its row: a rate that falls to 0 would stop much of this before one sees it. Two run at a
 time with one thread each. Prints what the metrics show, and writes it to benchmarks/results/.
 """
 
@@ -45,6 +46,7 @@ def run(flags: list[str], steps: int) -> tuple[list[dict], str]:
     """The rows of metrics.jsonl, and what the run said besides."""
     with tempfile.TemporaryDirectory() as runs:
         settings = dict(config="configs/arithmetic.yaml", steps=steps, seed=0, eval_steps=0, print_groups=0, runs=runs)
+        settings |= dict(minibatches=1, lr=7e-4, lr_schedule="constant")
         command = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
         done = subprocess.run(
             [sys.executable, "grpo.py", *command, *flags], cwd=ROOT, capture_output=True, text=True,
