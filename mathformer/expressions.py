@@ -373,22 +373,21 @@ def generate(
         symbol = operators[int(rng.random() * len(operators))]
         return Operation(symbol, tuple(grow(levels - 1) for _ in range(OPERATORS[symbol].arity)))
 
-    of_the_kind = 0
     for _ in range(MAX_DRAWS):
         tree = grow(max_depth)
         if for_eval is not None and held_out(tree) != for_eval:  # first: of what comes next, each step is computed
             continue
-        of_the_kind += 1
         try:
             largest = largest_number(tree)
         except ZeroDivisionError:
             continue
         if max_value is None or largest <= max_value:
             return tree
-    if not of_the_kind:
-        kind = "held out for the evaluation" if for_eval else "left for training"
-        raise ValueError(f"too few different problems: none is {kind}; take more digits, depth or operators")
-    raise ValueError(f"none of {MAX_DRAWS} random problems keeps to max_value {max_value} and divides by no zero")
+    kind = {None: "", True: " is held out for the evaluation,", False: " is left for training,"}[for_eval]
+    raise ValueError(
+        f"too few different problems: none of {MAX_DRAWS} random ones{kind} keeps to max_value {max_value} and divides by "
+        "no zero; take more digits, depth or operators, or a larger max_value"
+    )
 
 
 def held_out(tree: Tree) -> bool:

@@ -231,8 +231,19 @@ def test_problems_of_all_operators_have_a_value_and_small_steps():
 
 def test_limits_that_leave_no_problem_are_an_error(monkeypatch):
     monkeypatch.setattr(ex, "MAX_DRAWS", 100)
-    with pytest.raises(ValueError, match="none of 100 random problems keeps to max_value 0"):
+    with pytest.raises(ValueError, match="none of 100 random ones keeps to max_value 0 and"):
         ex.generate(random.Random(0), 1, 1, ("next",), max_value=0)
+
+
+def test_held_out_problems_are_those_of_all_problems_that_are_held_out():
+    def draw(n, for_eval):
+        rng = random.Random(0)
+        return [ex.generate(rng, 1, 3, tuple(ex.OPERATORS), 99, for_eval=for_eval) for _ in range(n)]
+
+    found = draw(1000, None)
+    for kind in (True, False):
+        wanted = [tree for tree in found if ex.held_out(tree) == kind]
+        assert len(wanted) > 20 and draw(len(wanted), kind) == wanted
 
 
 # The task
@@ -260,8 +271,9 @@ def test_small_settings_give_fewer_evaluation_problems():
     assert 1 < len(ArithmeticTask(max_depth=1).eval()) < 40
 
 
-def test_problems_too_few_to_hold_some_out_are_an_error():
-    with pytest.raises(ValueError, match="too few different problems: none is held out"):
+def test_problems_too_few_to_hold_some_out_are_an_error(monkeypatch):
+    monkeypatch.setattr(ex, "MAX_DRAWS", 1000)
+    with pytest.raises(ValueError, match="too few different problems: none .* is held out for"):
         ArithmeticTask(max_depth=1, operators="next", max_value=3).eval()
 
 
