@@ -385,8 +385,8 @@ def generate(
             return tree
     kind = {None: "", True: " is held out for the evaluation,", False: " is left for training,"}[for_eval]
     raise ValueError(
-        f"too few different problems: none of {MAX_DRAWS} random ones{kind} keeps to max_value {max_value} and divides by "
-        "no zero; take more digits, depth or operators, or a larger max_value"
+        f"too few different problems: none of {MAX_DRAWS} random ones{kind} keeps to max_value {max_value} and divides "
+        "by no zero; take more digits, depth or operators, or a larger max_value"
     )
 
 
