@@ -1,4 +1,4 @@
-"""The default run learns: its first steps on two seeds here, all of it behind `-m slow`."""
+"""The default run learns: a short one on two seeds here, all of it behind `-m slow`."""
 
 import json
 
@@ -10,11 +10,11 @@ import run_folder
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_first_20_steps_of_the_default_run_learn(seed, tmp_path):
-    settings = ["--steps", "20", "--seed", str(seed), "--runs", str(tmp_path), "--eval_steps", "0"]
+def test_twelve_steps_of_the_default_run_learn(seed, tmp_path):
+    settings = ["--steps", "12", "--seed", str(seed), "--runs", str(tmp_path), "--eval_steps", "0"]
     summary = grpo.train(grpo.parse_config([*settings, "--task_args.eval_size", "300", "--print_groups", "0"]))
     first, last = summary["first"], summary["last"]
-    # over seeds 0 to 3 on the machine of the README: worked .07 -> .24, length 5.4 -> 9.6, sampled .35 -> .41
+    # over seeds 0 to 3 on the machine of the README: worked .07 -> .21, length 5.4 -> 8.8, sampled .35 -> .40
     assert last["worked"] > first["worked"] + 0.05
     assert last["length"] > first["length"] + 1.5
     assert last["accuracy_sampled"] > first["accuracy_sampled"]
