@@ -141,7 +141,7 @@ def run(mutant: Mutant, tests: list[str]) -> tuple[Mutant, list[str]]:
         copy = Path(folder) / "copy"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__", "results"))
         (copy / mutant.file).write_text(text.replace(mutant.old, mutant.new))
-        command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
+        command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         try:
             done = subprocess.run(command, cwd=copy, capture_output=True, text=True, env=environment, timeout=120)
