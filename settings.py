@@ -251,7 +251,6 @@ CHANGEABLE_ON_RESUME |= {"tokens_per_microbatch", "gradient_checkpointing", "off
 CHANGEABLE_ON_RESUME |= {"reward_seconds", "kv_cache_gb"}
 
 
-
 def parse_config(argv: list[str]) -> Config:
     """Command line over environment (GRPO_<SETTING>) over --config files (the later wins) over the defaults.
 
@@ -306,8 +305,11 @@ def parse_config(argv: list[str]) -> Config:
             was, now = getattr(before, f.name), getattr(config, f.name)
             is_fixed = f.name not in CHANGEABLE_ON_RESUME or (f.name == "steps" and config.lr_schedule != "constant")
             if was != now and is_fixed:
-                raise UsageError(
-                    f"{f.name} was {was!r} in {known.resume} and cannot become {now!r} on the way; "
-                    f"what can change: {', '.join(sorted(CHANGEABLE_ON_RESUME - {'resume'}))}"
-                )
+                why = f"what can change: {', '.join(sorted(CHANGEABLE_ON_RESUME - {'resume'}))}"
+                if f.name == "steps":
+                    why = (
+                        f"its learning rate falls ({config.lr_schedule}) over these steps: for more of them, start a "
+                        f"run with --config {known.resume}/config.yaml --model {known.resume}/final"
+                    )
+                raise UsageError(f"{f.name} was {was!r} in {known.resume} and cannot become {now!r} on the way; {why}")
     return config

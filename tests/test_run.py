@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -391,8 +392,11 @@ def test_a_changed_setting_is_refused_on_resume(run, pays_length):
     with pytest.raises(grpo.UsageError, match="past step 2"):
         grpo.train(grpo.parse_config(["--resume", folder, "--steps", "2"]))
     scheduled = str(run(lr_schedule="linear")["run"])
-    with pytest.raises(grpo.UsageError, match="steps was 3"):  # the learning rate of every step would change
+    with pytest.raises(grpo.UsageError, match=r"steps was 3 .* falls \(linear\)") as refused:
         grpo.parse_config(["--resume", scheduled, "--steps", "9"])
+    advice = re.search(r"--config \S+ --model \S+", str(refused.value))[0].split()
+    longer = grpo.train(grpo.parse_config([*advice, "--steps", "4"]))
+    assert len((longer["run"] / "metrics.jsonl").read_text().splitlines()) == 4 and str(longer["run"]) != scheduled
 
 
 def test_a_resumed_run_remembers_what_was_asked_for(run, pays_length):
