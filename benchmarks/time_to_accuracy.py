@@ -9,16 +9,14 @@ evaluations. Prints a table and writes it to results/. Further arguments go to b
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from statistics import median
 
-import torch
-from arithmetic_seeds import ROOT, cpu_name
+from arithmetic_seeds import ROOT
+from step_time import origin
 
 GOAL = 0.9
 
@@ -47,7 +45,6 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "time_to_accuracy.md")
     options, more = parser.parse_known_args()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     found: dict[str, list] = {"today": []}
     with tempfile.TemporaryDirectory() as then:
         trees = {"today": ROOT}
@@ -59,9 +56,8 @@ def main() -> None:
             for name in sorted(trees, reverse=turn % 2 == 1):
                 found[name].append(run(trees[name], turn, more))
     lines = [
-        f"`python {' '.join(sys.argv)}`, {os.cpu_count()} cores of {cpu_name()}, Python {platform.python_version()}, "
-        f"torch {torch.__version__}, commit {commit.strip()}. Greedy accuracy of {100 * GOAL:.0f} %, looked for every "
-        "5 steps; seconds of sampling and training until then.\n",
+        f"{origin('python ' + ' '.join(sys.argv), f'{options.turns} turns')} Greedy accuracy of {100 * GOAL:.0f} %, "
+        "looked for every 5 steps; seconds of sampling and training until then.\n",
         "| seed | " + " | ".join(f"{name}: step | seconds" for name in found) + " |",
         "| --- " * (1 + 2 * len(found)) + "|",
     ]

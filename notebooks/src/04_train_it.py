@@ -55,7 +55,7 @@ step_loss = check(step_loss)
 # Sample, judge, compare within the group, one gradient step. Read it once, line by line: each line is one of notebooks
 # 1 to 3. Dead groups have advantage 0, so nothing is computed for them; their tokens still count in the total.
 # %%
-config = experiments.config_of(seed=SEED)  # the default run's, but 16 prompts a step, and one update
+config = experiments.config_of(seed=SEED)  # 16 prompts a step, one update at a constant rate
 task = loading.load_task(config.task, config.task_args)
 
 
