@@ -40,8 +40,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-if sys.platform == "darwin":  # before torch is imported: operations that Apple's GPU lacks then run on the CPU
-    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+# Before torch is imported: operations that Apple's GPU lacks run on the CPU; and products of matrices on a CPU do not
+# depend on where in memory the matrices happen to lie, so that a run repeats to the last digit.
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+os.environ.setdefault("MKL_CBWR", "AUTO")
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +75,12 @@ from settings import Config, Sampling, UsageError, parse_config
 # `worked_prefix`, which makes the model show its steps in the evaluation; `typed(text) -> example`, for play.py.
 
 REWARD_KEYS = ("reward", "correct", "format", "prediction", "ground_truth")
+# Names of the run's own figures, which a task's parts would overwrite in the logs.
+RESERVED = """step n prompt prompt_id completion advantage penalty length length_correct length_wrong truncated tokens
+accuracy accuracy_low accuracy_high accuracy_sampled accuracy_sampled_low accuracy_sampled_high accuracy_worked
+sampled_correct pass_at_k pass_at_group reward_std zero_advantage_groups reflections loss kl_ref kl_coef entropy
+grad_norm lr clipped_low clipped_high ratio_max sampler_kl sampler_logp_gap skipped_updates nonfinite_updates
+prompts_too_long resampled_groups tokens_per_second seconds_sample seconds_train seconds_sync peak_memory""".split()
 
 
 # ==== 2. Sampling =====================================================================================================
@@ -384,6 +392,8 @@ def judge(task, text: str, problem: Problem) -> dict:
         raise UsageError(f"{where} raised {type(error).__name__}: {error}") from error
     if not isinstance(parts, dict) or any(key not in parts for key in REWARD_KEYS):
         raise UsageError(f"{where} must be a dict with the keys {', '.join(REWARD_KEYS)}, but is {parts!r}")
+    if taken := sorted(parts.keys() & set(RESERVED)):
+        raise UsageError(f"{where} gives {', '.join(taken)}: the run's own figures have that name, choose another")
     parts = {key: value.item() if hasattr(value, "item") else value for key, value in parts.items()}  # numpy, torch
     for key in ("reward", "correct", "format"):
         if not is_number(parts[key]) or not math.isfinite(parts[key]):
@@ -485,7 +495,8 @@ def rollout_metrics(rollouts: list[Rollout], config: Config) -> dict[str, float 
     """What a step's completions look like, before any update. None where a mean is over nothing."""
     rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float64).view(-1, config.group_size)
     right = torch.tensor([float(r.parts["correct"]) for r in rollouts]).view(-1, config.group_size)
-    reflection = re.compile(rf"\b({'|'.join(config.reflection_words)})\b", re.IGNORECASE)
+    words = "|".join(config.reflection_words) or "(?!)"  # which matches nothing
+    reflection = re.compile(rf"\b({words})\b", re.IGNORECASE)
     return {
         "reward": average(r.reward for r in rollouts),
         "reward_std": rewards.std(1).mean().item(),

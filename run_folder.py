@@ -182,7 +182,9 @@ class RunFolder:
         self.write_whole("metrics.csv", file.getvalue())
 
     def checkpoints(self) -> list[Path]:
-        return sorted(self.path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        """Those of this run, the oldest first. Whatever else a person calls `checkpoint-...` is not one of them."""
+        found = [path for path in self.path.glob("checkpoint-*") if re.fullmatch("checkpoint-[0-9]+", path.name)]
+        return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
     def newest_whole(self, steps: int) -> Path | None:
         """The newest checkpoint that is as it was written; newer ones are named. None if there was none yet.
@@ -366,10 +368,11 @@ def time_limit(seconds: float):
 
 
 def printable(text: str, limit: int = 160) -> str:
-    """One line of at most `limit` characters; control characters, which a terminal would obey, as escapes."""
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-    middle = f" ... {len(text) - limit:,} characters ... "
-    return text if len(text) <= limit else f"{text[: limit // 2]}{middle}{text[-limit // 2 :]}"
+    """One line; control characters, which a terminal would obey, as escapes. Of a longer text only `limit` characters
+    are shown, those of its beginning and its end."""
+    if (left_out := len(text) - limit) > 0:
+        text = f"{text[: limit // 2]} ... {left_out:,} characters ... {text[limit // 2 + left_out :]}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:

@@ -4,6 +4,10 @@ Importing this package registers the model with the transformers Auto classes, s
 `AutoModelForCausalLM.from_pretrained("mathformer/pretrained")` works.
 """
 
+import os
+
+os.environ.setdefault("MKL_CBWR", "AUTO")  # before torch is imported, as in grpo.py: a run repeats to the last digit
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from mathformer.model import MathformerConfig, MathformerForCausalLM, MathformerModel

@@ -7,6 +7,7 @@ import random
 from functools import partial
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for a server
+os.environ.setdefault("MKL_CBWR", "AUTO")  # as grpo.py does, which comes behind torch here
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")  # some virtual machines announce AMX and forbid it
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: threads of two would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -75,6 +76,18 @@ def no_compile():
     """
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def plain_curves(request, monkeypatch):
+    """Leaves a run's curves empty: to draw them takes longer than a short run. A test marked `curves` has them drawn."""
+    if "curves" not in request.keywords:
+        monkeypatch.setattr(grpo.RunFolder, "plot", plot_nothing)
+
+
+def plot_nothing(self):
+    (self.path / "curves.png").touch()
+    return self.path / "curves.png"
 
 
 @pytest.fixture
@@ -213,3 +226,8 @@ def largest_difference(a: dict, b: dict) -> float:
 
 def is_close(a: float, b: float, tolerance: float = 1e-6) -> bool:
     return math.isclose(a, b, rel_tol=tolerance, abs_tol=tolerance)
+
+
+def pass_flags(settings: dict, stands: dict | None = None) -> list[str]:
+    """Settings as flags of a command line; values that are keys of `stands` are replaced by what they stand for."""
+    return [f"--{name}={(stands or {}).get(value, value)}" for name, value in settings.items()]

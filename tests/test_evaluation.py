@@ -236,6 +236,8 @@ def test_numbers_of_numpy_and_torch_are_numbers():
         (dict(correct=None), "the correct None"),
         (dict(correct=0.5), "must be 0 or 1"),
         (dict(format=float("nan")), "the format nan"),
+        (dict(step=7.0, accuracy=0.1), "gives accuracy, step: the run's own figures have that name"),
+        (dict(tokens="many"), "gives tokens: the run's own figures"),
     ],
 )
 def test_what_a_task_may_not_return(parts, said):
@@ -243,6 +245,13 @@ def test_what_a_task_may_not_return(parts, said):
     task.parts = parts
     with pytest.raises(grpo.UsageError, match="OddTask.reward.*prompt 'p' and the completion 't'.*" + said):
         grpo.judge(task, "t", grpo.Problem({}, "p", [1]))
+
+
+@pytest.mark.parametrize("words, share", [([], 0.0), (["WAIT"], 0.25), (["wait", "so"], 0.5), (["wai"], 0.0)])
+def test_words_of_reflection_are_whole_words_in_any_case(words, share, make_config):
+    texts = ("", "Wait, what?", "So it is 7", "await 7")
+    config = make_config(group_size=2, reflection_words=words)
+    assert grpo.rollout_metrics([rollout(0.0, 3, text) for text in texts], config)["reflections"] == share
 
 
 def test_parts_may_be_missing_here_and_there():

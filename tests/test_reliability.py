@@ -129,6 +129,16 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(damage, run, 
     assert not RunFolder(stopped).damage(stopped / "checkpoint-4"), "the damaged one was written again, and is whole"
 
 
+def test_what_a_person_calls_a_checkpoint_is_left_alone(run):
+    folder = run(steps=2, save_steps=1, keep_last=1)
+    own = [folder / name for name in ("checkpoint-best", "checkpoint-1-keep", "checkpoint-2.zip")]
+    for path in own:
+        path.mkdir()
+    assert resume(folder, "--steps", "4") == folder
+    assert all(path.exists() for path in own)
+    assert [path.name for path in RunFolder(folder).checkpoints()] == ["checkpoint-4"]
+
+
 def test_where_all_checkpoints_are_damaged_nothing_is_overwritten(run):
     stopped = stopped_after(run(keep_last=3), 4)
     for checkpoint in stopped.glob("checkpoint-*"):

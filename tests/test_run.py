@@ -74,6 +74,7 @@ def weights(folder) -> dict:
     return load_file(Path(folder) / "model.safetensors")
 
 
+@pytest.mark.curves
 def test_a_run_leaves_a_complete_folder(run, tmp_path, pays_length):
     summary = run(save_steps=1, eval_steps=2)
     folder = Path(summary["run"])
@@ -437,6 +438,19 @@ def test_terminal_text_cannot_move_the_cursor():
     assert len(run_folder.printable("x" * 1000)) < 200
 
 
+@pytest.mark.parametrize(
+    "text, limit, shown",
+    [
+        ("a\tb", 3, "a\\tb"),  # a tab is one character, and four when it is shown
+        ("a\tbc", 3, "a ... 1 characters ... bc"),
+        ("abcdef", 4, "ab ... 2 characters ... ef"),
+        ("abcdef", 6, "abcdef"),
+    ],
+)
+def test_a_line_is_folded_by_its_own_characters(text, limit, shown):
+    assert run_folder.printable(text, limit) == shown
+
+
 @pytest.mark.parametrize("recipe", ["countdown-workshop", "countdown-3b"])
 def test_countdown_recipes_run_on_a_tiny_local_model(recipe, qwen3_folder, tmp_path):
     argv = ["--config", f"configs/{recipe}.yaml", "--model", qwen3_folder, "--task_args.dataset", "synthetic"]
@@ -482,3 +496,116 @@ def test_the_readme_has_every_variant_and_every_choice():
     for name in ("advantage", "loss_weight", "ratio", "surrogate", "kl_in", "kl_kind", "dead_groups"):
         (field,) = (f for f in dataclasses.fields(grpo.Config) if f.name == name)
         assert all(choice in table for choice in field.type.__args__), name
+
+
+# What holds over a whole run, and in no function alone
+
+
+def broken_gradients(monkeypatch, in_steps: set[int], in_pass: int | None = None) -> None:
+    """The loss is not a number in these steps; with `in_pass`, in that pass over the completions alone."""
+    batch_loss, update, now = grpo.batch_loss, grpo.update, {}
+
+    def watched_update(*args):
+        now.update(step=args[-1], passes=0)
+        return update(*args)
+
+    def broken(*args):
+        loss, numbers = batch_loss(*args)
+        now["passes"] += 1
+        breaks = now["step"] in in_steps and in_pass in (None, now["passes"])
+        return (loss * float("nan") if breaks else loss), numbers
+
+    monkeypatch.setattr(grpo, "update", watched_update)
+    monkeypatch.setattr(grpo, "batch_loss", broken)
+
+
+def test_one_gradient_that_is_not_finite_does_no_lasting_harm(run, monkeypatch, pays_length):
+    broken_gradients(monkeypatch, {1})
+    folder = run(steps=3, save_steps=1, keep_last=3)["run"]
+    metrics = rows(folder, "metrics.jsonl")
+    assert [row["nonfinite_updates"] for row in metrics] == [1, 0, 0]
+    assert all(0 < row["grad_norm"] < 1e6 for row in metrics[1:])
+    first, second = (weights(folder / f"checkpoint-{step}") for step in (1, 2))
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+def test_steps_end_a_run_only_if_none_of_their_updates_was_good(run, monkeypatch, pays_length):
+    broken_gradients(monkeypatch, {1, 2, 3, 4}, in_pass=1)
+    assert len(rows(run(steps=4, epochs=2)["run"], "metrics.jsonl")) == 4
+    broken_gradients(monkeypatch, {1, 2, 3, 4})
+    with pytest.raises(grpo.UsageError, match="not finite in 3 steps in a row, up to step 3"):
+        run(steps=4, epochs=2)
+
+
+def test_the_newest_checkpoints_stay_when_their_numbers_get_longer(run, pays_length):
+    folder = run(steps=11, save_steps=1, keep_last=2, eval_steps=0)["run"]
+    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-10", "checkpoint-11"}
+    assert run_folder.RunFolder(folder).newest_whole(11).name == "checkpoint-11"
+
+
+LATE_PART = """
+from own import Own
+
+class Late(Own):
+    def train(self, rng, step): return {"q": rng.choice("1234"), "step": step}
+    def reward(self, text, example):
+        parts = super().reward(text, example)
+        return parts | {"bonus": 0.5} if example.get("step", 0) > 1 else parts
+"""
+
+
+def test_the_csv_has_the_parts_that_come_later(run, tmp_path):
+    (tmp_path / "own.py").write_text(OWN_TASK)
+    (tmp_path / "late.py").write_text(LATE_PART)
+    folder = run(task=f"{tmp_path}/late.py:Late", task_args={}, steps=3)["run"]
+    with open(folder / "metrics.csv") as file:
+        assert [row["bonus"] for row in csv.DictReader(file)] == ["", "0.5", "0.5"]
+
+
+@pytest.mark.parametrize("prompt, completion, fits", [(1500, 548, True), (1500, 549, False), (549, 1500, False)])
+def test_prompt_and_completion_must_fit_the_window_together(prompt, completion, fits, qwen3_folder, tmp_path):
+    argv = ["--model", qwen3_folder, "--task", "arithmetic", "--task_args.eval_size", "1", "--steps", "0"]
+    argv += ["--prompts_per_step", "1", "--group_size", "2", "--eval_samples", "1", "--runs", str(tmp_path)]
+    argv += ["--max_prompt_tokens", str(prompt), "--max_completion_tokens", str(completion)]
+    if fits:
+        loading.check_window(loading.load_model_config(qwen3_folder), grpo.parse_config(argv))
+        return
+    with pytest.raises(SystemExit, match=f"max_prompt_tokens {prompt} .* {completion} is more than the model's 2048"):
+        grpo.main(argv)
+
+
+@pytest.mark.parametrize("named_in", ["generation_config.json", "config.json"])
+def test_every_end_token_of_a_model_ends_its_answers(named_in, run, model_folder, tokenizer, tmp_path):
+    """Chat models have several: the tokenizer knows one of them, their configurations the others."""
+    folder = shutil.copytree(model_folder, tmp_path / "chat")
+    others = [tokenizer.convert_tokens_to_ids(token) for token in "0123456789"]
+    config = folder / named_in
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": [2, *others]}))
+    seen, update = [], grpo.update
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo, "update", lambda *args: (seen.extend(args[3]), update(*args))[1])
+        run(model=str(folder), steps=2)
+    assert {r.completion_ids[-1] for r in seen if not r.truncated} & set(others)
+    for r in seen:
+        assert not {2, *others} & set(r.completion_ids[:-1])
+        assert r.truncated == (r.completion_ids[-1] not in {2, *others})
+
+
+def test_a_prompt_that_is_drawn_again_is_sampled_anew(run, monkeypatch, tmp_path):
+    """With one problem whose groups are all dead, every draw of a step has the same prompts."""
+    (tmp_path / "own.py").write_text(OWN_TASK.replace('"1234"', '"1"'))
+    drawn, generate = [], grpo.TorchSampler.generate
+
+    def watched(self, prompts, group_size, *args):
+        found = generate(self, prompts, group_size, *args)
+        drawn.append([r.completion_ids for r in found])
+        return found
+
+    monkeypatch.setattr(grpo.TorchSampler, "generate", watched)
+    folder = run(
+        task=f"{tmp_path}/own.py:Own", task_args={}, steps=1, dead_groups="resample", resample_rounds=2, eval_steps=0
+    )["run"]
+    assert rows(folder, "metrics.jsonl")[0]["resampled_groups"] == 4
+    draws = [ids for ids in drawn if len(ids) == 8]
+    assert len(draws) == 3 and all(a != b for a, b in zip(draws, draws[1:], strict=False))

@@ -1,5 +1,6 @@
 """TorchSampler: it samples from the distribution that is trained, and says so with its log-probs."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -171,6 +172,25 @@ def test_top_k_and_top_p_by_hand():
     assert kept(0, 0.8) == [True, True, True, False, False]
     assert kept(0, 0.01) == [True, False, False, False, False]
     assert kept(1, 0.99) == [True, False, False, False, False]
+
+
+def test_temperature_comes_first_then_top_k_then_top_p(model, monkeypatch):
+    """As in vLLM. Of probabilities .4 .3 .2 .1, temperature 0.5 makes .53 .3 .13 .03, then top_k 3 makes .55 .31 .14,
+    of which top_p .54 keeps the first. In any other order two would be left."""
+    sampler = grpo.TorchSampler(model, [EOS])
+    logits = torch.full((1, 33), -torch.inf)
+    logits[0, 5:9] = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    forward = grpo.TorchSampler._forward
+    monkeypatch.setattr(
+        grpo.TorchSampler, "_forward", lambda *args: (logits.expand(len(args[1]), -1), forward(*args)[1])
+    )
+    settings = dict(temperature=0.5, top_k=3, top_p=0.54)
+    rollouts = sampler.generate([[1, 3]], 64, grpo.Sampling(2, **settings), seed=0)
+    assert {(*r.completion_ids, *r.logps) for r in rollouts} == {(5, 5, 0.0, 0.0)}
+    loose = sampler.generate([[1, 3]], 64, grpo.Sampling(1, **settings | dict(top_p=0.56)), seed=0)
+    assert {r.completion_ids[0] for r in loose} == {5, 6}
+    expected = {5: math.log(0.16 / 0.25), 6: math.log(0.09 / 0.25)}  # what is left, made a distribution again
+    assert all(r.logps[0] == pytest.approx(expected[r.completion_ids[0]], abs=1e-5) for r in loose)
 
 
 def test_top_k_is_applied_in_sampling_and_in_its_logps(model):

@@ -199,6 +199,7 @@ def test_groups_are_printed_every_so_many_steps(run, capsys):
 # ==== The model card ==================================================================================================
 
 
+@pytest.mark.curves
 def test_the_model_card_says_what_was_done_and_its_lines_load_the_model(run):
     folder = run(lr=0.05)  # it collapses: before and after differ
     card = (folder / "final" / "README.md").read_text()
@@ -208,6 +209,10 @@ def test_the_model_card_says_what_was_done_and_its_lines_load_the_model(run):
     assert first["accuracy"] != last["accuracy"]
     cells = [f"{r['accuracy']:.1%} ({r['accuracy_low']:.1%} to {r['accuracy_high']:.1%})" for r in (first, last)]
     assert f"| greedy accuracy | {cells[0]} | {cells[1]} |" in card
+    metrics = rows(folder, "metrics.jsonl")
+    minutes = sum(row[f"seconds_{part}"] for row in metrics for part in ("sample", "train", "sync")) / 60
+    assert metrics[-1]["tokens"] == sum(row["length"] for row in rows(folder, "rollouts.jsonl"))
+    assert f"seed 0: {metrics[-1]['tokens']:,} tokens sampled, {minutes:.1f} minutes" in card
     assert "| `lr` | `0.05` |" in card and "`clip_low`" not in card and "`runs`" not in card
     assert (folder / "final" / "curves.png").stat().st_size > 10_000
     python = card.split("```python\n")[1].split("```")[0].replace("path/to/final", str(folder / "final"))
