@@ -80,7 +80,7 @@ def no_compile():
 
 @pytest.fixture(autouse=True)
 def plain_curves(request, monkeypatch):
-    """Leaves a run's curves empty: to draw them takes longer than a short run. A test marked `curves` has them drawn."""
+    """Leaves a run's curves empty, since drawing them takes longer than a short run. Not where `curves` is marked."""
     if "curves" not in request.keywords:
         monkeypatch.setattr(grpo.RunFolder, "plot", plot_nothing)
 

@@ -2,7 +2,7 @@
 
     python tests/mutation.py                        the mistakes of mutants.py, each against the tests that it names
     python tests/mutation.py schedule NaN           those whose description or tests contain one of the words
-    python tests/mutation.py --sample 300 --seed 0  random mistakes that cosmic-ray makes, against the tests of their lines
+    python tests/mutation.py --sample 300 --seed 0  random mistakes made by cosmic-ray, against the tests of their lines
 
 The second kind needs to know which tests run a line, and how long they take. This run finds out (20 minutes):
 
@@ -14,6 +14,8 @@ Ends with 1 if a mistake survives.
 
 import argparse
 import ast
+import difflib
+import functools
 import multiprocessing
 import os
 import random
@@ -87,6 +89,14 @@ def stretches(node: ast.AST, wanted: list[ast.stmt]):
                         yield block[i], block[i + len(code) - 1]
 
 
+parsed = functools.cache(ast.parse)
+
+
+def offset(lines: list[str], line: int, column: int) -> int:
+    """A position of a tree, a line and a column in bytes of UTF-8, as one in the characters of the text."""
+    return sum(map(len, lines[: line - 1])) + len(lines[line - 1].encode()[:column].decode())
+
+
 def find(mutant: Mutant, root: Path = ROOT) -> Place:
     """Where the code is that the mistake replaces: by function and expression, in whatever file and layout.
 
@@ -98,16 +108,11 @@ def find(mutant: Mutant, root: Path = ROOT) -> Place:
         text = path.read_text()
         if mutant.where.split(".")[-1] not in text:
             continue
-        starts = [0]  # of each line; positions in a tree are in bytes of UTF-8
-        for line in text.splitlines(keepends=True):
-            starts.append(starts[-1] + len(line))
-
-        def offset(line: int, column: int, starts=starts, lines=text.splitlines()) -> int:
-            return starts[line - 1] + len(lines[line - 1].encode()[:column].decode())
-
-        for name, node in definitions(ast.parse(text)):
+        lines = text.splitlines(keepends=True)
+        for name, node in definitions(parsed(text)):
             for first, last in stretches(node, wanted) if name == mutant.where else ():
-                start, end = offset(first.lineno, first.col_offset), offset(last.end_lineno, last.end_col_offset)
+                start = offset(lines, first.lineno, first.col_offset)
+                end = offset(lines, last.end_lineno, last.end_col_offset)
                 found.add(Place(str(path.relative_to(root)), start, end, first.lineno))
     if len(found) != 1:
         where = ", ".join(f"{place.file}:{place.line}" for place in sorted(found)) or "nowhere"
@@ -191,7 +196,9 @@ class Covering:
         self.data = CoverageData(ROOT / ".coverage")
         self.data.read()
         if not self.data.measured_files() or not (ROOT / ".durations.xml").exists():
-            sys.exit(f"error: there is no record of which tests run what; make one first:\n{__doc__.splitlines()[8]}")
+            sys.exit(
+                f"error: there is no record of which tests run what; make one first:\n{__doc__.splitlines()[8].strip()}"
+            )
         self.seconds = {}
         for case in ElementTree.parse(ROOT / ".durations.xml").iter("testcase"):
             test = f"{case.get('classname').replace('.', '/')}.py::{case.get('name')}"
@@ -276,15 +283,11 @@ def by_hand(mutant: Mutant) -> tuple[str, str]:
 
 
 def at_random(mutation: Random, covering: Covering) -> tuple[str, str]:
-    import difflib
-
     text, tests = random_mutation(mutation), covering.tests(mutation.file, mutation.line)
     before = (ROOT / mutation.file).read_text()
-    diff = [
-        d for d in difflib.unified_diff(before.splitlines(), text.splitlines(), n=0) if not d.startswith(("---", "+++"))
-    ]
-    changed = "\n      ".join(diff)
-    what = f"{mutation.file}:{mutation.line} {mutation.operator.removeprefix('core/')} ({len(tests)} tests)\n      {changed}\n     "
+    changed = [line for line in difflib.ndiff(before.splitlines(), text.splitlines()) if line[0] in "-+"]
+    what = f"{mutation.file}:{mutation.line} {mutation.operator.removeprefix('core/')} ({len(tests)} tests)"
+    what = "\n      ".join([what, *changed, ""])
     if not tests:
         return "", f"{what} NO TEST RUNS THIS LINE;"
     return failing(mutation.file, text, tests, timeout=5 * SECONDS), what

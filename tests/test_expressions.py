@@ -236,7 +236,7 @@ def test_limits_that_leave_no_problem_are_an_error(monkeypatch):
 
 
 def test_what_is_held_out_stays_held_out():
-    """The shipped model was trained on the others: by another rule, its evaluation would have problems that it knows."""
+    """The shipped model was trained on the others: by another rule, its evaluation would hold problems it has seen."""
     held_out = ["5-1", "6+2-6", "8*7+6-(9-(6-8))", "2*(2+9)+(0-5+(7+8))", "3-(6-0+7)", "7+8*0-4", "8*(0-3)"]
     free = ["(5-7)*4", "7-(9+9)-7*(4*1)", "(8-2)*(0-7)-8", "4*(8+5)", "0*5+(5*8+6*5)"]
     assert all(ex.held_out(ex.parse(text)) for text in held_out)
