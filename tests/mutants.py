@@ -12,7 +12,7 @@ class Mutant(NamedTuple):
     where: str  # a function, `Class.method`, or a name that is assigned: in one place of the project
     old: str  # an expression, or statements, in there
     new: str
-    tests: tuple[str, ...]  # of which one fails
+    tests: tuple[str, ...]  # arguments of pytest; one of these tests fails
 
 
 def pitfall(number: int, mistake: str, where: str, old: str, new: str) -> Mutant:
@@ -142,4 +142,91 @@ PITFALLS = [
             "ADVANTAGES[kind](rewards, rewards.mean().expand(len(rewards), 1), eps)"),
     pitfall(25, "rows interleaved", "complete", "problems[i // group_size]", "problems[i % len(problems)]"),
 ]  # fmt: skip
-MUTANTS = PITFALLS
+
+
+def setting(names: str, mistake: str, where: str, old: str, new: str) -> Mutant:
+    """One that the real run of two steps with another value of one of these settings notices."""
+    return Mutant(mistake, where, old, new, ("tests/test_settings.py", "-k", " or ".join(names.split())))
+
+
+def mutant(tests: str, mistake: str, where: str, old: str, new: str) -> Mutant:
+    return Mutant(mistake, where, old, new, tuple(f"tests/{test}" for test in tests.split()))
+
+
+# Each part was proven and its wiring was not: these went through the whole suite once.
+WIRING = [
+    setting("lr_schedule warmup", "the learning rate's schedule logged only", "update",
+            'group["lr"] = learning_rate(config, step)', 'group["lr"] = config.lr'),
+    setting("entropy_coef", "the entropy bonus without a gradient", "setup",
+            "Policy(model, config.temperature, entropy_gradient=config.entropy_coef > 0)",
+            "Policy(model, config.temperature)"),
+    mutant("test_run.py::test_the_newest_checkpoints_stay_when_their_numbers_get_longer", "checkpoints sorted as text",
+           "RunFolder.checkpoints", 'int(path.name.split("-")[1])', 'path.name'),
+    mutant("test_run.py::test_one_gradient_that_is_not_finite_does_no_lasting_harm", "zero_grad after a good step only",
+           "update", "optimizer.zero_grad()", "if grad_norms and math.isfinite(grad_norms[-1]):\n    optimizer.zero_grad()"),
+    mutant("test_arguments.py::test_an_argument_of_pretraining", "the second phase has the first one's share of steps",
+           "pretrain", "config.prob_scratchpad if step < first_phase else config.final_prob_scratchpad",
+           "config.prob_scratchpad"),
+    mutant("test_arguments.py::test_pretraining_teaches_answers_and_their_end_on_problems_that_are_not_held_out",
+           "the labels include the prompt", "batches", "[-100] * len(prompt) + answer", "prompt + answer"),
+    mutant("test_arguments.py::test_pretraining_teaches_answers_and_their_end_on_problems_that_are_not_held_out",
+           "the end of an answer is no label", "batches", "[-100] * len(prompt) + answer + eos + [-100] * gap",
+           "[-100] * len(prompt) + answer + [-100] + [-100] * gap"),
+    mutant("test_arguments.py::test_pretraining_teaches_answers_and_their_end_on_problems_that_are_not_held_out",
+           "evaluation problems in pretraining", "batches", "task.draw(rng, for_eval=False)", "task.draw(rng, for_eval=None)"),
+    mutant("test_run.py::test_every_end_token_of_a_model_ends_its_answers", "the generation config's end tokens ignored",
+           "find_eos", "(model.generation_config.eos_token_id, model.config.eos_token_id)", "(model.config.eos_token_id,)"),
+    mutant("test_run.py::test_prompt_and_completion_must_fit_the_window_together", "the window is for the completion alone",
+           "check_window", "config.max_prompt_tokens + config.max_completion_tokens > window",
+           "config.max_completion_tokens > window"),
+    setting("gradient_checkpointing", "the policy not in training mode: checkpointing is inert", "update",
+            "policy.train()", "policy.eval()"),
+    mutant("test_run.py::test_the_csv_has_the_parts_that_come_later", "the header of the CSV from its first row",
+           "RunFolder.write_csv",
+           "csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))",
+           'csv.DictWriter(file, list(rows[0]), extrasaction="ignore")'),
+    mutant("test_run.py::test_steps_end_a_run_only_if_none_of_their_updates_was_good", "alarms count minibatches, not epochs",
+           "train", "run_folder.Alarms(config.epochs * config.minibatches)", "run_folder.Alarms(config.minibatches)"),
+    setting("kl_target", "the adapted KL coefficient does not reach the reward", "train",
+            "assign_advantages(rollouts, now)", "assign_advantages(rollouts, config)"),
+    setting("kl_target", "the adapted KL coefficient does not reach the loss", "train",
+            "update(policy, optimizer, accelerator, rollouts, now, step)",
+            "update(policy, optimizer, accelerator, rollouts, config, step)"),
+    mutant("test_sampler.py::test_temperature_comes_first_then_top_k_then_top_p", "temperature after top-k and top-p",
+           "TorchSampler._generate", "keep_top(logits / temperature, top_k, top_p)",
+           "keep_top(logits, top_k, top_p) / temperature"),
+    mutant("test_sampler.py::test_temperature_comes_first_then_top_k_then_top_p", "top-p before top-k",
+           "TorchSampler._generate", "keep_top(logits / temperature, top_k, top_p)",
+           "keep_top(keep_top(logits / temperature, 0, top_p), top_k, 1.0)"),
+    setting("sample_rows", "rows at a time counted in prompts", "TorchSampler.generate",
+            "self.sample_rows // group_size", "self.sample_rows"),
+    setting("precision", "the sampler not in bf16", "setup",
+            "TorchSampler(of_sampler, eos, config.sample_rows, accelerator.autocast, source=model)",
+            "TorchSampler(of_sampler, eos, config.sample_rows, source=model)"),
+    setting("precision", "the reference not in bf16", "add_logps", "accelerator.autocast()",
+            'accelerator.autocast() if name == "old_logps" else nullcontext()'),
+    mutant("test_run.py::test_a_prompt_that_is_drawn_again_is_sampled_anew", "a prompt drawn again gets the same seed",
+           "collect", "config.seed * 1_000_003 + step + 500_009 * attempt", "config.seed * 1_000_003 + step"),
+    setting("reflection_words", "words of reflection with their case", "rollout_metrics", "re.IGNORECASE", "0"),
+    mutant("test_arguments.py::test_an_argument_of_a_task", "eval_size ignored by MATH", "Math.__init__",
+           "[example for example in examples if example][: eval_size or None]",
+           "[example for example in examples if example]"),
+    setting("overlong_share", "the logged reward net of penalties", "rollout_metrics",
+            "average(r.reward for r in rollouts)", "average(r.reward - r.penalty for r in rollouts)"),
+    mutant("test_arguments.py::test_an_argument_of_a_task", "format_weight ignored by Countdown", "Countdown.reward",
+           'self.format_weight * parts["format"]', 'parts["format"]'),
+    mutant("test_arguments.py::test_an_argument_of_a_task", "format_weight ignored by MATH", "Math.reward",
+           'self.format_weight * parts["format"]', '0.1 * parts["format"]'),
+    mutant("test_see_the_run.py::test_the_model_card_says_what_was_done_and_its_lines_load_the_model",
+           "the model card's tokens of the first row", "model_card", 'metrics[-1]["tokens"]', 'metrics[0]["tokens"]'),
+    mutant("test_arguments.py::test_train_rl_says_whether_the_intervals_are_apart", "worse is never apart", "train_rl",
+           'last["accuracy_low"] > first["accuracy_high"] or first["accuracy_low"] > last["accuracy_high"]',
+           'last["accuracy_low"] > first["accuracy_high"]'),
+    mutant("test_expressions.py::test_what_is_held_out_stays_held_out", "another rule for what is held out", "held_out",
+           "zlib.crc32(render(tree).encode()) % 20 == 0", "zlib.crc32(render(tree).encode()) % 10 == 0"),
+    mutant("test_tasks.py::test_synthetic_problems_are_of_the_kind_and_held_out", "another rule for held-out Countdown",
+           "countdown_problem", 'zlib.crc32(f"{sorted(nums)} {target}".encode()) % 20 == 0',
+           'zlib.crc32(f"{nums} {target}".encode()) % 20 == 0'),
+]  # fmt: skip
+
+MUTANTS = PITFALLS + WIRING

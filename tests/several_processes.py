@@ -26,6 +26,7 @@ CASES = {  # settings of the run, groups of rollouts
     "moments on the CPU": (GRPO | dict(optimizer="adamw_offload"), 4),
 }
 
+LR = 1e-4
 WHOLE_ONLY = ("8-bit moments", "moments on the CPU")  # not with FSDP or DeepSpeed
 
 
@@ -55,7 +56,7 @@ def trained(case: str, accelerator, config: grpo.Config) -> dict:
 def results(cases: list[str], precision: str = "fp32") -> dict:
     found = {}
     for case in [*cases, "one row"]:
-        settings = CASES.get(case, (GRPO,))[0] | dict(lr=1e-4, max_completion_tokens=16, grad_clip=0.5)
+        settings = CASES.get(case, (GRPO,))[0] | dict(lr=LR, max_completion_tokens=16, grad_clip=0.5)
         settings |= dict(precision=precision)
         config = grpo.Config(model="m", task="t", device="cpu", **settings)
         found[case] = trained(case, loading.make_accelerator(config), config)

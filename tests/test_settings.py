@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from conftest import pass_flags
 from safetensors.torch import load_file
@@ -725,3 +726,96 @@ def test_a_tracker_is_told_the_project_and_the_name_of_the_run(seen, monkeypatch
     assert (b.project, b.settings["name"], b.settings["id"]) == ("my-project", "my-run", named.folder.name)
     assert b.config["run_name"] == "my-run" and equal(plain.parts["weights"], named.parts["weights"])
     assert b.logged == ["start", (0, True), (1, False), (1, 8), (2, False), (2, 8), (2, True), "finish"]
+
+
+# ==== What else there is to see of these runs =========================================================================
+
+# Their names are in the error that refuses the others, and in the name of the run's folder they count for nothing.
+MAY_CHANGE = {"steps", "eval_steps", "save_steps", "keep_last", "print_groups", "about", "runs", "resume", "project"}
+MAY_CHANGE |= {"reflection_words", "report_to", "run_name", "tokens_per_microbatch", "gradient_checkpointing"}
+MAY_CHANGE |= {"offload_reference", "vllm_sleep", "reward_seconds", "kv_cache_gb"}
+VALUES = {"trust_remote_code": "true", "kv_cache_gb": 1, "vllm_sleep": "true", "project": "p", "run_name": "r"}
+VALUES |= {case.name: case.changed[case.name] for case in CASES if not case.base or len(case.changed) == 1}
+NEEDS = {"kl_target": dict(kl_coef=0.5), "resample_rounds": dict(dead_groups="resample", resample_rounds=1)}
+NEEDS |= {"kl_in": dict(kl_coef=0.5, advantage="rloo"), "importance_cap": dict(old_logps="trainer")}
+
+
+@pytest.mark.parametrize("name", sorted({f.name for f in dataclasses.fields(grpo.Config)} - {"resume", "runs"}))
+def test_what_may_change_when_a_run_goes_on(name, seen, stands):
+    """Refused is what would make it another run; the rest has its effect."""
+    run = seen(**NEEDS.get(name, {}))
+    value = "keep" if name == "dead_groups" else VALUES[name]
+    argv = ["--resume", str(run.folder), *pass_flags({name: value}, stands)]
+    if name not in MAY_CHANGE:
+        with pytest.raises(grpo.UsageError, match=f"^{name} was .* cannot become .* what can change: "):
+            grpo.parse_config(argv)
+        return
+    before, config = grpo.parse_config(argv[:2]), grpo.parse_config(argv)
+    changed = {f.name for f in dataclasses.fields(grpo.Config) if getattr(before, f.name) != getattr(config, f.name)}
+    assert changed == {name}
+
+
+def digest(run: Seen) -> str:
+    return re.fullmatch(r"(Parity|Twice)-(\w+)-s\d+-([0-9a-f]{6})(-\d+)?", run.folder.name)[3]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_setting_is_kept_and_tells_runs_apart(case, seen, stands):
+    """In config.yaml, and in the name of the folder, where it makes another run."""
+    a, b = seen(**case.base), seen(**case.base | case.changed)
+    assert (digest(a) == digest(b)) == (case.name in MAY_CHANGE)
+    saved = [yaml.safe_load((run.folder / "config.yaml").read_text()) for run in (a, b)]
+    assert {name for name in saved[0] if saved[0][name] != saved[1][name]} - {"runs"} == set(case.changed) - {"runs"}
+
+
+def test_the_logs_hold_what_was_trained(seen):
+    run = seen(overlong_share=0.5, steps=3)
+    rollouts = sum(run.rollouts, [])
+    rows = run.rows("rollouts.jsonl")
+    assert [row["step"] for row in rows] == [1] * 8 + [2] * 8 + [3] * 8
+    for row, r in zip(rows, rollouts, strict=True):
+        expected = dict(prompt=r.prompt, completion=r.text, advantage=r.advantage, penalty=r.penalty, length=r.length)
+        assert row == dict(step=row["step"], prompt_id=row["prompt_id"], truncated=r.truncated) | r.parts | expected
+    assert len({row["prompt_id"] for row in rows}) == len({row["prompt"] for row in rows}) > 3
+    for i, row in enumerate(run.metrics, 1):
+        assert row["tokens"] == sum(r.length for r in rollouts[: 8 * i])
+        assert row["loss"] == about(surrogate(run, i)) and row["sampler_kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_sampler_that_is_surer_than_the_policy_shows_in_the_sign(seen):
+    for off in (0.3, -0.3):
+        row = seen(SAMPLER_OFF=off).metrics[0]
+        assert row["sampler_kl"] == about(off) and row["sampler_logp_gap"] == about(0.3)
+        assert row["ratio_max"] == about(max(1, math.exp(-off)))
+
+
+def test_what_was_thrown_away_was_sampled_too(seen):
+    run = seen(task_args='{"dead": 1000}', dead_groups="resample", resample_rounds=3)
+    drawn = 8 + run.metrics[0]["resampled_groups"] * 4
+    assert run.metrics[0]["tokens"] > sum(r.length for r in run.rollouts[0]) and drawn == 32
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        (dict(), "GRPO: TINY (0.09 M parameters) on PARITY, 2 steps of 2 prompts x 4 completions, lr 0.001, on cpu."),
+        (
+            dict(old_logps="trainer"),
+            "the ratio is taken against log-probs of the trainer: one more forward pass a step",
+        ),
+        (
+            dict(dead_groups="drop", kl_coef=0.5),
+            "dead groups are dropped although the loss has a KL penalty or an entro",
+        ),
+        (
+            dict(dead_groups="drop", entropy_coef=0.5),
+            "dead groups are dropped although the loss has a KL penalty or an",
+        ),
+    ],
+)
+def test_the_first_lines_say_what_is_run(settings, said, seen, stands):
+    said = said.replace("TINY", stands["TINY"]).replace("PARITY", stands["PARITY"])
+    printed = seen(**settings).printed
+    assert said in printed and f"run folder: {seen(**settings).folder}" in printed
+    plain = seen().printed
+    assert not settings or said not in plain, "where it is not so, nothing is said"

@@ -461,3 +461,16 @@ def test_loss_and_gradient_equal_trl(loss, ratio, more, rollouts, make_config):
             assert torch.allclose(our_h.grad, their_h.grad, atol=1e-9) and their_h.grad.abs().max() > 1e-4
     finally:
         torch.set_default_dtype(before)
+
+
+def test_kl_in_the_reward_is_that_of_the_log_probs_that_the_ratio_is_taken_against(make_config):
+    config = make_config(kl_coef=0.5, kl_in="reward", advantage="rloo", group_size=2)
+    rows = [
+        grpo.Rollout([1], [5, 2], [-1.0, -2.0], False, reward=reward, ref_logps=[-3.0, -3.0]) for reward in (1.0, 0.0)
+    ]
+    grpo.assign_advantages(rows, config)
+    assert [r.penalty for r in rows] == [0.5 * 3.0] * 2
+    for r in rows:
+        r.old_logps = [-2.0, -2.5]  # the trainer's, where they are used
+    grpo.assign_advantages(rows, config)
+    assert [r.penalty for r in rows] == [0.5 * 1.5] * 2

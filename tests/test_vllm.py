@@ -93,6 +93,39 @@ def test_vllm_samples_from_the_model_before_and_after_updates(folder, config):
 
 
 @pytest.mark.parametrize("folder", ["qwen2"], indirect=True)
+def test_settings_of_vllm_reach_it(folder, config):
+    import vllm
+
+    def asked(**settings) -> dict:
+        """What vLLM is asked for with these settings of the run."""
+        found = {}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(vllm, "LLM", lambda folder, **more: found.update(more, folder=folder))
+            grpo.VLLMSampler(folder, model, [2], replace(config, **settings), settings.get("precision") == "bf16")
+        return found
+
+    model, _ = loading.load_model(folder)
+    plain = asked()
+    assert (plain["folder"], plain["seed"], plain["dtype"]) == (folder, 0, "float32")
+    for settings, name, value in (
+        (dict(kv_cache_gb=0.2), "kv_cache_memory_bytes", 200_000_000),
+        (dict(vllm_sleep=True), "enable_sleep_mode", True),
+        (dict(seed=7), "seed", 7),
+        (dict(precision="bf16"), "dtype", "bfloat16"),
+        (dict(max_completion_tokens=30), "max_model_len", 160 + 30 + 32),
+        (dict(trust_remote_code=True), "trust_remote_code", True),
+    ):
+        other = asked(**settings)
+        assert {key for key in plain if other[key] != plain[key]} == {name} and other[name] == value
+    # and what is asked for is what the engine takes
+    sampler = grpo.VLLMSampler(folder, model, [2], replace(config, kv_cache_gb=0.2), bf16=False)
+    engine = sampler.llm.llm_engine.vllm_config
+    assert engine.cache_config.kv_cache_memory_bytes == 200_000_000
+    assert engine.model_config.max_model_len == 160 + 24 + 32
+    assert engine.model_config.logprobs_mode == "processed_logprobs"
+
+
+@pytest.mark.parametrize("folder", ["qwen2"], indirect=True)
 def test_a_completion_that_ends_at_once_is_its_end_of_sequence_token(folder, config):
     model, tokenizer = loading.load_model(folder)
     with torch.no_grad():  # a head that wants nothing but to end after the first prompt
