@@ -246,12 +246,15 @@ def live_bytes(work) -> int:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "adamw_offload"])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_the_training_column_is_what_an_update_holds(bf16, optimizer, checkpointing, accelerator):
+def test_the_training_column_is_what_an_update_holds(bf16, optimizer, checkpointing, accelerator, monkeypatch):
+    """With a quarter of the tokens of a small run, and logits of a quarter as many at a time."""
+    monkeypatch.setattr(memory, "LOGITS_CHUNK", 512)
+    monkeypatch.setattr(grpo.Policy, "CHUNK", 512)
     torch.manual_seed(0)
     shape = SHAPE | dict(vocab_size=8000, hidden_size=128, intermediate_size=512, num_hidden_layers=4)
     model_config = transformers.Qwen2Config(**shape | dict(num_attention_heads=4), tie_word_embeddings=True)
-    settings = dict(prompts_per_step=4, group_size=4, max_prompt_tokens=64, max_completion_tokens=192, lr=1e-4)
-    settings |= dict(gradient_checkpointing=checkpointing, optimizer=optimizer, tokens_per_microbatch=4096)
+    settings = dict(prompts_per_step=2, group_size=2, max_prompt_tokens=64, max_completion_tokens=192, lr=1e-4)
+    settings |= dict(gradient_checkpointing=checkpointing, optimizer=optimizer, tokens_per_microbatch=1024)
     config = grpo.Config(model="m", task="t", device="cpu", precision="bf16" if bf16 else "fp32", **settings)
     model = transformers.Qwen2ForCausalLM(model_config)
     if checkpointing:
@@ -261,7 +264,7 @@ def test_the_training_column_is_what_an_update_holds(bf16, optimizer, checkpoint
     adamw = optimizers.make_optimizer(policy, config, accelerator)
     rng = random.Random(0)
     rollouts = []
-    for i in range(16):
+    for i in range(4):
         prompt, ids = ([rng.randrange(8000) for _ in range(n)] for n in (64, 192))
         rollouts.append(grpo.Rollout(prompt, ids, [-9.0] * 192, True, advantage=(-1.0) ** i))
 
