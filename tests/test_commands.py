@@ -51,6 +51,7 @@ def test_pretraining_learns_repeats_and_leaves_a_model(tmp_path):
         pretrain(PretrainConfig(output=str(tmp_path / "a")))
 
 
+@pytest.mark.floats
 @pytest.mark.parametrize(
     "settings",
     [

@@ -11,6 +11,8 @@ from conftest import expected_loss, is_close, largest_difference, other_model, r
 
 import grpo
 
+pytestmark = pytest.mark.floats
+
 # Advantages
 
 

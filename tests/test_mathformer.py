@@ -14,6 +14,8 @@ from mathformer.model import MixtureOfExperts, alibi_slopes, load_balancing_loss
 from mathformer.tokenizer import VOCABULARY
 from mathformer.train import build_model
 
+pytestmark = pytest.mark.floats
+
 # The model
 
 

@@ -64,6 +64,7 @@ def test_a_run_on_each_family(family, template, tmp_path, pays_odd_lengths):
     assert loaded.config.tie_word_embeddings == (family in ("qwen2.5", "smollm2"))
 
 
+@pytest.mark.floats
 @pytest.mark.parametrize("pad", [None, "<eos>", "<pad>"])
 def test_the_end_of_sequence_token_is_trained_whatever_the_padding_token_is(pad, tmp_path, pays_odd_lengths):
     """With no padding token, or with one that is the end-of-sequence token, the run is the same, to the last bit."""

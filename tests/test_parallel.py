@@ -47,6 +47,7 @@ def rows(folder: Path, name: str) -> list[dict]:
     return [{key: value for key, value in row.items() if key not in timed} for row in found]
 
 
+@pytest.mark.floats
 @pytest.mark.usefixtures("no_compile")
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", DEEPSPEED])
 def test_two_processes_train_as_one(kind, tmp_path):

@@ -139,6 +139,7 @@ def test_the_weights_change(run, model_folder, pays_length):
     assert all(not torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.floats
 def test_interrupted_and_resumed_equals_uninterrupted(run, monkeypatch, capsys, pays_length):
     whole = run(steps=6, eval_steps=2)
     log_step = grpo.RunFolder.log_step

@@ -14,6 +14,8 @@ import grpo
 import kv_cache
 import loading
 
+pytestmark = pytest.mark.floats
+
 EOS = 2
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11], [12, 13, 14]]
 

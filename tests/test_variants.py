@@ -15,6 +15,8 @@ from test_evaluation import FakeSampler, FakeTask
 
 import grpo
 
+pytestmark = pytest.mark.floats
+
 KINDS = ["grpo", "dr_grpo", "rloo", "batch", "maxrl"]
 
 # Advantages
