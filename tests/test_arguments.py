@@ -762,6 +762,8 @@ def test_the_arguments_of_report(two_runs, tmp_path, capsys):
     assert [run["name"] for run in page_of(tmp_path / "both.html")["runs"]] == [one.name, two.name]
     report.main([str(one), "--max_rollouts", "8", "--out", str(tmp_path / "few.html")])
     assert page_of(tmp_path / "few.html")["runs"][0]["shown"] == 8
+    report.main([str(one), "--max_rollouts", "1", "--out", str(tmp_path / "few.html")])
+    assert page_of(tmp_path / "few.html")["runs"][0]["shown"] == 4, "a whole group at least"
     name = json.loads((one / "rollouts.jsonl").read_text().splitlines()[0])["prompt_id"]
     report.main([str(one), "--prompt_id", name])
     assert (one / f"prompt-{name}.png").stat().st_size > 5000 and capsys.readouterr().out.endswith(
@@ -797,3 +799,74 @@ def test_the_arguments_of_play(two_runs, monkeypatch, capsys):
     assert "of 3 samples right" in plain[2] + plain[3] and any("of 1 samples right" in line for line in fewer)
     most_likely = [next(line for line in out if "most likely" in line) for out in (plain, other)]
     assert most_likely[0] == most_likely[1] and plain != other, "the seed is that of the samples"
+
+
+# ==== Defaults, which README, recipes and the shipped model rest on ===================================================
+
+DEFAULTS = {
+    ArithmeticTask: dict(max_digits=1, max_depth=3, operators="+-*", max_value=99, negatives=0, parentheses=0, spaces=0)
+    | dict(endian="big", partial_credit=0, curriculum_steps=0, eval_size=500, eval_seed=1234),
+    Countdown: dict(dataset="Jiayi-Pan/Countdown-Tasks-3to4", prompt_template="r1", equation_weight=1, format_weight=1)
+    | dict(format_gates=False, eval_size=500),
+    GSM8K: dict(dataset="openai/gsm8k", train_size=0, eval_size=0),
+    Math: dict(dataset="DigitalLearningGmbH/MATH-lighteval", eval_dataset="HuggingFaceH4/MATH-500")
+    | dict(levels=(1, 2, 3, 4, 5), format_weight=0.1, eval_size=0),
+    evaluate.EvaluationConfig: dict(
+        problems=500, samples=8, temperature=1, max_gen_len=256, expression="", out="", seed=0
+    )
+    | dict.fromkeys(("max_digits", "max_depth", "operators", "max_value")),
+    train_rl.RLConfig: dict(steps=1000, batch_size=32, group_size=4, lr=5e-4, max_gen_len=256, kl_coef=0.1, kl_target=0)
+    | dict(clip_ratio=0.2, epochs=1, temperature=1, top_k=0, grad_clip=1, partial_credit=0, curriculum_steps=0, seed=0)
+    | dict(save_interval=100, eval_interval=50, runs="runs")
+    | dict.fromkeys(("max_digits", "max_depth", "operators", "max_value", "modelsize", "num_experts", "active_experts"))
+    | dict(log_csv=None),
+    grpo.Config: dict(
+        reward_seconds=0, trust_remote_code=False, seed=0, device="auto", precision="auto", sampler="auto"
+    )
+    | dict(kv_cache_gb=0, vllm_sleep=False, prompts_per_step=32, group_size=8, max_prompt_tokens=512, temperature=1)
+    | dict(max_completion_tokens=1024, top_p=1, top_k=0, sample_rows=256, advantage="grpo", loss_weight="token")
+    | dict(ratio="token", surrogate="clip", clip_low=0.2, clip_high=0.2, kl_coef=0, kl_kind="k3", kl_in="loss")
+    | dict(kl_target=0, entropy_coef=0, old_logps="sampler", epochs=1, minibatches=1, importance_cap=0, steps=500)
+    | dict(dead_groups="auto", resample_rounds=0, mask_truncated=False, overlong_share=0, offload_reference=False)
+    | dict(optimizer="adamw", lr=1e-6, lr_schedule="constant", warmup_steps=0, weight_decay=0, grad_clip=1)
+    | dict(tokens_per_microbatch=8192, gradient_checkpointing=False, eval_steps=50, eval_samples=8, runs="runs")
+    | dict(save_steps=50, keep_last=2, print_groups=50)
+    | dict.fromkeys(("model", "task", "about", "report_to", "project", "run_name", "resume"), ""),
+}
+
+
+@pytest.mark.parametrize("what", DEFAULTS, ids=lambda what: what.__name__)
+def test_defaults_are_a_contract(what):
+    found = {name: p.default for name, p in inspect.signature(what).parameters.items()}
+    factories = {"task_args", "reflection_words", "checkpoint"}  # of which the last has none
+    assert {name: value for name, value in found.items() if name not in factories} == DEFAULTS[what]
+
+
+def test_the_defaults_of_pretraining_made_the_shipped_model():
+    made = json.loads((Path(PRETRAINED) / "pretraining.json").read_text())
+    config = train.PretrainConfig(output="x")
+    assert {name: getattr(config, name) for name in made if name not in ("seconds", "answer_tokens")} == {
+        name: value for name, value in made.items() if name not in ("seconds", "answer_tokens")
+    }
+    off = ("dropout", "negatives", "parentheses", "spaces", "columns")
+    assert not any(getattr(config, name) for name in off) and (config.num_experts, config.active_experts) == (1, 1)
+    assert (config.endian, config.save_steps, config.balance_coef) == ("big", 2000, 0.01)
+
+
+@pytest.mark.parametrize(
+    "main, settings",
+    [
+        (train.main, train.PretrainConfig),
+        (train_rl.main, train_rl.RLConfig),
+        (evaluate.main, evaluate.EvaluationConfig),
+    ],
+)
+def test_the_help_of_a_command_has_every_flag_with_its_sentence(main, settings, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    source = inspect.getsource(settings)
+    assert stopped.value.code == 0
+    for f in dataclasses.fields(settings):
+        sentence = source.split(f"\n    {f.name}: ")[1].split('"""')[1]
+        assert f"--{f.name}" in out and " ".join(sentence.split()) in out, f.name

@@ -232,6 +232,18 @@ def test_limits_that_leave_no_problem_are_an_error(monkeypatch):
         ex.generate(random.Random(0), 1, 1, ("next",), max_value=0)
 
 
+def test_limits_of_what_is_parsed_are_the_last_that_is_parsed():
+    assert ex.evaluate(ex.parse("+".join(["1"] * 201))) == 201  # 200 operators
+    with pytest.raises(ValueError, match="more than 200 operators"):
+        ex.parse("+".join(["1"] * 202))
+    assert ex.parse("(" * 50 + "1" + ")" * 50) == 1
+    with pytest.raises(ValueError, match="more than 50 nested parentheses"):
+        ex.parse("(" * 51 + "1" + ")" * 51)
+    assert ex.parse("1" * 1000) and ex.MAX_PARSE_LENGTH == 1000
+    with pytest.raises(ValueError, match="expression of 1001 characters, at most 1000"):
+        ex.parse("1" * 1001)
+
+
 def test_what_is_held_out_stays_held_out():
     """The shipped model was trained on the others: by another rule, its evaluation would hold problems it has seen."""
     held_out = ["5-1", "6+2-6", "8*7+6-(9-(6-8))", "2*(2+9)+(0-5+(7+8))", "3-(6-0+7)", "7+8*0-4", "8*(0-3)"]

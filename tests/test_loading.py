@@ -75,3 +75,43 @@ def test_the_task_of_the_readme_runs(qwen3_folder, tmp_path, monkeypatch):
     task = loading.load_task(config.task, config.task_args)
     assert task.eval() == rows[:50] and task.train(random.Random(0), 1) in rows[50:]
     assert task.reward(" Paris.\n", rows[0])["reward"] == 1 and task.reward("no idea", rows[0])["reward"] == 0
+
+
+def test_a_model_that_comes_with_the_project_is_found_from_anywhere(tmp_path, monkeypatch):
+    here = Path(loading.__file__).resolve().parent
+    monkeypatch.chdir(tmp_path)
+    assert loading.local_name("mathformer/pretrained") == str(here / "mathformer" / "pretrained")
+    assert loading.load_model("mathformer/pretrained")[0].config.model_type == "mathformer"
+    assert loading.local_name("Qwen/Qwen2.5-0.5B") == "Qwen/Qwen2.5-0.5B"
+    (tmp_path / "mathformer" / "pretrained").mkdir(parents=True)  # what is here comes first
+    assert loading.local_name("mathformer/pretrained") == "mathformer/pretrained"
+
+
+def test_the_hub_is_asked_aloud_and_only_for_what_is_not_here(capsys):
+    loading.load_model_config("mathformer/pretrained")
+    assert capsys.readouterr().out == ""
+    with pytest.raises(loading.UsageError, match="cannot be loaded"):
+        loading.load_model_config("nobody/nothing")
+    assert "there is no folder nobody/nothing here: looking for it on the Hugging Face Hub" in capsys.readouterr().out
+
+
+def test_remote_code_is_trusted_by_those_who_say_so_everywhere(monkeypatch):
+    """Configuration, tokenizer and weights: each is asked with the setting."""
+    asked = []
+
+    def watch(owner):
+        load = owner.from_pretrained.__func__
+
+        def watched(cls, *args, **kwargs):
+            asked.append((owner.__name__, kwargs.get("trust_remote_code")))
+            return load(cls, *args, **kwargs)
+
+        monkeypatch.setattr(owner, "from_pretrained", classmethod(watched))
+
+    for owner in (transformers.AutoConfig, transformers.AutoTokenizer, transformers.AutoModelForCausalLM):
+        watch(owner)
+    for trusted in (True, False):
+        asked.clear()
+        loading.load_model("mathformer/pretrained", trust_remote_code=trusted)
+        assert {name for name, _ in asked} == {"AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"}
+        assert {value for _, value in asked} == {trusted}

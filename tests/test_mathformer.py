@@ -80,7 +80,7 @@ def test_gradients_equal_those_of_bloom(model, bloom):
     assert all(torch.allclose(p.grad, theirs[name].grad, atol=1e-5) for name, p in model.named_parameters())
 
 
-@pytest.mark.parametrize("heads", [1, 2, 3, 6, 8, 12])
+@pytest.mark.parametrize("heads", [1, 2, 3, 6, 7, 8, 12, 15])
 def test_slopes_equal_those_of_bloom_for_any_number_of_heads(heads):
     from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 

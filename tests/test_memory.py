@@ -192,6 +192,14 @@ def test_a_setting_that_helps_only_after_another_is_found(card):
         card(QWEN_3B, config, 66e9, vllm=False)
 
 
+def test_where_nothing_sleeps_no_sleep_is_advised(card):
+    config = recipe("countdown-3b")
+    for vllm in (True, False):
+        with pytest.raises(grpo.UsageError) as refused:
+            card(QWEN_3B, config, 20e9, vllm)
+        assert ("--vllm_sleep" in str(refused.value)) == vllm
+
+
 def test_small_models_are_passed_over_in_silence(card, capsys):
     card(SHAPE | dict(num_hidden_layers=2), recipe("arithmetic"), 1e9, vllm=False)
     assert capsys.readouterr().out == ""

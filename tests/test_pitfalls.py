@@ -1,6 +1,6 @@
 """The mistakes that stand in public implementations that people learn from; each test fails when its mistake is made.
 
-`python tests/mutation.py pitfall` makes those that are a line of code, one after the other, and shows which tests notice.
+`python tests/mutation.py pitfall` makes those that are a line of code, one by one, and shows which tests notice.
 """
 
 import ast

@@ -5,8 +5,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from conftest import PRETRAINED
 
@@ -163,7 +165,7 @@ def test_wandb_without_a_login_is_refused_before_any_folder(run, monkeypatch, tm
 
 def test_a_tracker_that_does_not_start_says_why(make_config, tmp_path):
     (tmp_path / "tensorboard").write_text("a file where the folder should be")
-    with pytest.raises(UsageError, match="tensorboard does not start: .*leave it out of report_to"):
+    with pytest.raises(UsageError, match=r"tensorboard does not start: .*\S+/tensorboard.*; leave it out of report_to"):
         trackers.Trackers(make_config(report_to="tensorboard"), tmp_path, 0)
 
 
@@ -297,3 +299,32 @@ def test_the_contract_says_typed_is_optional():
     tokenizer = loading.load_model(PRETRAINED)[1]
     with pytest.raises(ValueError, match="no method `typed`"):
         play.problem_of("1+1", Own(), tokenizer, None, [])
+
+
+@pytest.mark.parametrize("processes, said", [(1, "on cpu."), (2, "on 2 processes (cpu) on cpu.")])
+def test_the_first_line_names_the_processes(processes, said, make_config, capsys):
+    kind = SimpleNamespace(value="MULTI_CPU" if processes > 1 else "NO")
+    accelerator = SimpleNamespace(num_processes=processes, distributed_type=kind, device=torch.device("cpu"))
+    run_folder.announce(make_config(), Path("runs/x"), torch.nn.Linear(2, 3), accelerator, Path("runs/x/checkpoint-7"))
+    out = capsys.readouterr().out
+    assert f", lr 1e-06, {said} \nrun folder: runs/x\ngoing on from runs/x/checkpoint-7\n" in out
+
+
+def test_before_and_after_side_by_side():
+    def row(step: int, accuracy: float, **more) -> dict:
+        found = {"step": step, "pass_at_k": {"1": accuracy, "4": accuracy + 0.1}, "length": 10 + step, "truncated": 0.5}
+        for key in ("accuracy", "accuracy_sampled"):
+            found |= {key: accuracy, f"{key}_low": accuracy - 0.05, f"{key}_high": accuracy + 0.05}
+        return found | more
+
+    table = run_folder.evaluation_table([row(0, 0.25, accuracy_worked=0.75, worked=0.1), row(3, 0.5, worked=0.9)])
+    assert [line.split() for line in table.splitlines()] == [
+        ["before", "after", "3", "steps"],
+        ["greedy", "accuracy", "25.0%", "[20.0,", "30.0]", "50.0%", "[45.0,", "55.0]"],
+        ["sampled", "accuracy", "25.0%", "[20.0,", "30.0]", "50.0%", "[45.0,", "55.0]"],
+        ["pass@4", "35.0%", "60.0%"],
+        ["length,", "tokens", "10.0", "13.0"],
+        ["truncated", "50.0%", "50.0%"],
+        ["worked", "answers", "10.0%", "90.0%"],
+        ["made", "to", "show", "steps", "75.0%", "right"],
+    ]
