@@ -69,7 +69,8 @@ from settings import Config, Sampling, UsageError, parse_config
 #     eval() -> [example, ...]          the evaluation problems, always the same
 #     prompt(example) -> str or list    text, or chat messages [{"role": ..., "content": ...}, ...]
 #     reward(text, example) -> dict     "reward" and "correct", "format", "prediction", "ground_truth"; any further
-#                                       number is a part of the task's own and is averaged and logged under its name
+#                                       number is a part of the task's own and is averaged and logged under its name,
+#                                       which must not be one of the run's own figures
 #
 # and, if it likes, `prefill`, text behind each prompt that begins the answer (`text` above is prefill plus completion);
 # `worked_prefix`, which makes the model show its steps in the evaluation; `typed(text) -> example`, for play.py.

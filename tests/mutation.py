@@ -92,6 +92,10 @@ def stretches(node: ast.AST, wanted: list[ast.stmt]):
 parsed = functools.cache(ast.parse)
 
 
+def code(text: str) -> ast.Module:
+    return ast.parse(textwrap.dedent(text).strip())
+
+
 def offset(lines: list[str], line: int, column: int) -> int:
     """A position of a tree, a line and a column in bytes of UTF-8, as one in the characters of the text."""
     return sum(map(len, lines[: line - 1])) + len(lines[line - 1].encode()[:column].decode())
@@ -103,7 +107,7 @@ def find(mutant: Mutant, root: Path = ROOT) -> Place:
     Raises:
         LookupError: it is nowhere, or in several places.
     """
-    wanted, found = ast.parse(textwrap.dedent(mutant.old).strip()).body, set()
+    wanted, found = code(mutant.old).body, set()
     for path in sources(root):
         text = path.read_text()
         if mutant.where.split(".")[-1] not in text:
@@ -127,8 +131,9 @@ def mutated(mutant: Mutant, root: Path = ROOT) -> tuple[str, str]:
     indent = " " * (place.start - text.rfind("\n", 0, place.start) - 1)
     new = textwrap.indent(textwrap.dedent(mutant.new).strip(), indent).strip()
     changed = text[: place.start] + new + text[place.end :]
-    if ast.dump(ast.parse(changed)) == ast.dump(ast.parse(text)):
+    if ast.dump(code(mutant.old)) == ast.dump(code(mutant.new)):
         raise LookupError(f"{mutant.mistake}: it changes nothing")
+    ast.parse(changed)
     return place.file, changed
 
 

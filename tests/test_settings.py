@@ -819,3 +819,11 @@ def test_the_first_lines_say_what_is_run(settings, said, seen, stands):
     assert said in printed and f"run folder: {seen(**settings).folder}" in printed
     plain = seen().printed
     assert not settings or said not in plain, "where it is not so, nothing is said"
+
+
+def test_no_part_of_a_task_can_have_a_name_of_the_runs_own(seen):
+    """Whatever a run logs besides what the task returned is reserved, and nothing else is."""
+    run, logged = seen(), set()
+    for name in ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl", "eval-0.jsonl"):
+        logged |= set().union(*run.rows(name))
+    assert logged - set(grpo.REWARD_KEYS) == set(grpo.RESERVED)
