@@ -53,7 +53,6 @@ class Twice(Parity):
 # What a run computes, in this order. `later` is the second step.
 LINE = ["prompts", "completions", "rewards", "penalties", "advantages", "loss", "gradient", "weights", "later"]
 BESIDE = ["evaluation", "evaluated", "passes", "sampled", "dtypes", "layers", "lr", "files", "shown", "counts"]
-ALL = set(LINE[1:]) | {"evaluation"}
 
 
 @dataclass
@@ -63,11 +62,11 @@ class Seen:
     folder: Path
     printed: str
     rollouts: list[list[grpo.Rollout]]  # of each step, as they went into the update
-    passes: list[tuple]  # of the policy and the reference: (training, with gradients, device, rows)
+    passes: list[tuple]  # through the policy and the reference: (training, with gradients, rows)
     sampled: list[int]  # rows that were sampled at once
     dtypes: set  # of what linear layers gave
     layers: int  # passes through feed-forward layers in training mode
-    moved: str  # where the reference was sent
+    moved: list[tuple]  # the arguments of each `to` of the policy and the reference
 
     def rows(self, name: str) -> list[dict]:
         return [json.loads(line) for line in (self.folder / name).read_text().splitlines()]
