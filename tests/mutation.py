@@ -37,7 +37,6 @@ ROOT = Path(__file__).resolve().parent.parent
 NOT_MUTATED = ("tests", "benchmarks", "notebooks", "examples", "docs", "runs", "build")
 NOT_COPIED = (".*", "runs", "__pycache__")
 PRELOADED = ["torch", "transformers", "accelerate", "pytest", "datasets", "jsonargparse", "hypothesis", "yaml"]
-SECONDS = 60  # of tests, by their recorded times, that are spent on one random mistake
 
 
 class Place(NamedTuple):
@@ -206,8 +205,11 @@ class Covering:
             test = f"{case.get('classname').replace('.', '/')}.py::{case.get('name')}"
             self.seconds[test] = self.seconds.get(test, 0.0) + float(case.get("time"))
 
-    def tests(self, file: str, line: int, budget: float = SECONDS) -> list[str]:
-        """Of the line; of its function, where it is a part of its head; of the file, where it is in none."""
+    def tests(self, file: str, line: int, budget: float) -> list[str]:
+        """Of the line; of its function, where it is a part of its head; of the file, where it is in none.
+
+        The quickest first, as many as take `budget` seconds together.
+        """
         contexts = self.data.contexts_by_lineno(str(ROOT / file))
         function = self.enclosing(file, line)
         for lines in ([line], range(*function) if function else (), contexts):
@@ -266,9 +268,9 @@ def failing(file: str, text: str, tests: list[str], timeout: float) -> str:
         failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", said, re.MULTILINE)
         if process.exitcode == 1 and failed:
             return failed[0]
-        if process.exitcode in (2, 4):  # at import, or in conftest
-            return "(the tests cannot be collected)" if "rror" in said else f"(pytest ends with {process.exitcode})"
-        return f"(the tests end with {process.exitcode}): {said[-300:]}"
+        if "not found:" in said or process.exitcode == 5:
+            raise LookupError(f"there are no tests {' '.join(tests)}:\n{said[-500:]}")
+        return "(an error at import)" if process.exitcode in (2, 4) else f"(pytest ends with {process.exitcode})"
 
 
 def prepare() -> None:
@@ -284,15 +286,15 @@ def by_hand(mutant: Mutant) -> tuple[str, str]:
     return failing(file, text, list(mutant.tests), timeout=300), f"{mutant.mistake:66}"
 
 
-def at_random(mutation: Random, covering: Covering) -> tuple[str, str]:
-    text, tests = random_mutation(mutation), covering.tests(mutation.file, mutation.line)
+def at_random(mutation: Random, covering: Covering, seconds: float) -> tuple[str, str]:
+    text, tests = random_mutation(mutation), covering.tests(mutation.file, mutation.line, seconds)
     before = (ROOT / mutation.file).read_text()
     changed = [line for line in difflib.ndiff(before.splitlines(), text.splitlines()) if line[0] in "-+"]
     what = f"{mutation.file}:{mutation.line} {mutation.operator.removeprefix('core/')} ({len(tests)} tests)"
     what = "\n      ".join([what, *changed, ""])
     if not tests:
         return "", f"{what} NO TEST RUNS THIS LINE;"
-    return failing(mutation.file, text, tests, timeout=5 * SECONDS), what
+    return failing(mutation.file, text, tests, timeout=60 + 5 * seconds), what
 
 
 def main() -> None:
@@ -300,13 +302,14 @@ def main() -> None:
     parser.add_argument("words", nargs="*", help="of descriptions and tests; with --sample, of files; all if none")
     parser.add_argument("--sample", type=int, metavar="N", help="so many random mistakes")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=60, help="of tests that are spent on a random mistake")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
     prepare()
     if options.sample:
         covering = Covering()
         chosen = sample(options.sample, options.seed, options.words)
-        check = lambda mutation: at_random(mutation, covering)  # noqa: E731
+        check = functools.partial(at_random, covering=covering, seconds=options.seconds)
     else:
         chosen = [m for m in MUTANTS if not options.words or any(w in f"{m.mistake} {m.tests}" for w in options.words)]
         check = by_hand
