@@ -10,6 +10,7 @@ import io
 import json
 import random
 import re
+import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Callable
@@ -238,6 +239,7 @@ def _(a, b):
 def _(a, b):
     assert (a.paid(solved(a.drawn[0])), a.paid(WRONG)) == (2, 1)
     assert (b.paid(solved(b.drawn[0])), b.paid(WRONG)) == (1.25, 1)
+    assert a.held_out == b.held_out, "the same problems each time"
 
 
 @check(Countdown, format_weight=0.25)
@@ -789,16 +791,21 @@ def test_the_arguments_of_play(two_runs, monkeypatch, capsys):
     assert {action.dest for action in all_actions(play.main)} - {"help"} == {"run", "samples", "seed"}
     capsys.readouterr()
 
-    def played(*flags: str) -> list[str]:
-        monkeypatch.setattr(sys, "stdin", io.StringIO("7*(8-9)-3*(4+5)\n"))
+    def played(*flags: str, text: str = "7*(8-9)-3*(4+5)\n") -> list[str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
         play.main([str(two_runs[0]), *flags])
         return capsys.readouterr().out.splitlines()
 
+    for checkpoint in two_runs[0].glob("checkpoint-*"):  # as one does to save space: final/ is enough
+        shutil.rmtree(checkpoint)
     plain, other, fewer = played(), played("--seed", "1"), played("--samples", "1")
     assert sum("sample 3: " in line for line in plain) == 1 and sum("sample 2: " in line for line in fewer) == 0
     assert "of 3 samples right" in plain[2] + plain[3] and any("of 1 samples right" in line for line in fewer)
     most_likely = [next(line for line in out if "most likely" in line) for out in (plain, other)]
     assert most_likely[0] == most_likely[1] and plain != other, "the seed is that of the samples"
+    twice = played(text="7*(8-9)-3*(4+5)\n" * 2)
+    first, second = (twice[i : i + len(plain) - 2] for i in (1, len(plain) - 2))
+    assert first != second, "asked again, other samples"
 
 
 # ==== Defaults, which README, recipes and the shipped model rest on ===================================================

@@ -403,3 +403,40 @@ def test_a_fresh_model_has_small_random_weights(tokenizer):
             assert value.std().item() == pytest.approx(0.02, rel=0.1) and abs(value.mean().item()) < 2e-3, name
         else:
             assert (value == (1 if "layernorm.weight" in name or name.endswith("ln_f.weight") else 0)).all(), name
+
+
+def test_the_first_row_of_pretraining_by_hand(tmp_path, monkeypatch, tokenizer):
+    """Loss and accuracy of a model that has learned nothing yet; an answer is right if all of it is."""
+    seen, draw = [], train.batches
+    monkeypatch.setattr(train, "batches", lambda *args: seen.extend(found := list(draw(*args))) or iter(found))
+    config = PretrainConfig(output=str(tmp_path / "a"), **TINY | dict(steps=1, final_share=0, seed=5))
+    pretrain(config)
+    torch.manual_seed(5)
+    model, (ids, labels, _, _) = build_model("tiny", tokenizer), seen[0]
+    logits, labels = model(ids[:, :-1]).logits, labels[:, 1:]
+    (row,) = (json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").open())
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+    assert row["loss"] == pytest.approx(loss.item(), abs=1e-4)
+    right = (logits.argmax(-1) == labels)[labels != -100]
+    assert row["accuracy"] == 0 < right.float().mean(), "tokens are right by chance, no whole answer is"
+    assert row["step"] == 1 and row["tokens"] == (labels != -100).sum() and row["lr"] == train.learning_rate(config, 0)
+
+
+def test_the_experts_are_balanced_over_real_tokens(tmp_path, monkeypatch, tokenizer):
+    seen, real, draw, loss = [], [], train.batches, train.load_balancing_loss
+    monkeypatch.setattr(train, "batches", lambda *args: seen.extend(found := list(draw(*args))) or iter(found))
+    monkeypatch.setattr(train, "load_balancing_loss", lambda *args: (real.append(args[1]), loss(*args))[1])
+    pretrain(PretrainConfig(output=str(tmp_path / "a"), **TINY | dict(steps=12, final_share=0, num_experts=2)))
+    for (ids, *_), mask in zip(seen, real, strict=False):
+        assert torch.equal(mask, ids[:, :-1].flatten() != tokenizer.pad_token_id)
+    assert len(real) == 12 and not all(mask.all() for mask in real)
+
+
+def test_the_load_of_experts_is_that_of_real_tokens(tokenizer):
+    torch.manual_seed(0)
+    model = build_model("tiny", tokenizer, num_experts=4, active_experts=2).eval()
+    rows = [grpo.Rollout([1, 3, 8, 9], [6, 7, 2], [0.0] * 3, False), grpo.Rollout([1, 3], [6, 2], [0.0] * 2, False)]
+    together, alone = evaluate.expert_load(model, rows), [evaluate.expert_load(model, [row]) for row in rows]
+    for layer, shares in enumerate(together):
+        expected = [(7 * a + 4 * b) / 11 for a, b in zip(alone[0][layer], alone[1][layer], strict=True)]
+        assert shares == pytest.approx(expected)

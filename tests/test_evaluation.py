@@ -111,7 +111,7 @@ def test_evaluate_by_hand(tokenizer, make_config):
     assert is_close(row["pass_at_k"]["2"], (1 + 9 * (1 - 1 / 6)) / 10) and row["pass_at_k"]["4"] == 1
     assert is_close(row["zero_advantage_groups"], 0.1)
     assert is_close(row["length"], (4 * 3 + 9 * 8) / 40) and is_close(row["truncated"], 18 / 40)
-    assert row["shout"] == 2
+    assert row["shout"] == 2 and is_close(row["reward"], row["accuracy_sampled"]), "of the samples"
     odd = grpo.evaluate(FakeSampler(), tokenizer, task, problems, make_config(eval_samples=6), step=3)[0]
     assert odd["pass_at_k"].keys() == {"1", "2", "4", "6"}
     assert [d["correct"] for d in details] == greedy and details[0]["sampled_correct"] == 1

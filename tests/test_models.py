@@ -124,6 +124,16 @@ def test_special_tokens_are_added_once(prompt):
     text, ids = grpo.encode_prompt(tokenizer, Asks(), {})
     assert ids[0] == start and ids.count(start) == 1
     assert tokenizer.decode(ids[1:]) == text.removeprefix("<pad>") == (prompt if isinstance(prompt, str) else text[5:])
+    # nor does a prefix of the answer get any
+    given = []
+
+    class Sampler:
+        def generate(self, prompts, *args):
+            given.extend(prompts)
+            return []
+
+    grpo.complete(Sampler(), tokenizer, Asks(), [grpo.Problem({}, text, ids)], 1, grpo.Sampling(1), 0, "so")
+    assert given == [ids + tokenizer("so", add_special_tokens=False)["input_ids"]] and given[0].count(start) == 1
 
 
 def test_an_output_head_with_a_bias_is_used_whole():

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import resource
 import shutil
 import signal
@@ -21,7 +22,7 @@ from run_folder import Alarms, RunFolder, time_limit
 
 SETTINGS = dict(prompts_per_step=2, group_size=4, max_completion_tokens=8, max_prompt_tokens=20, lr=1e-3)
 SETTINGS |= dict(eval_samples=2, steps=6, save_steps=2, eval_steps=0)
-OWN_TASK = '''
+OWN_TASK = """
 import itertools
 
 class Own:
@@ -38,7 +39,7 @@ class Own:
             pass
         right = float(len(text) % 2)
         return dict(reward=right, correct=right, format=1.0, prediction=text, ground_truth="odd")
-'''
+"""
 
 
 @pytest.fixture
@@ -357,3 +358,24 @@ def test_what_a_model_wrote_cannot_move_the_cursor(capsys):
     run_folder.show_groups(1, rollouts, 2)
     out = capsys.readouterr().out
     assert "\x1b" not in out and "\x07" not in out and "\r" not in out and "\\x1b[2J" in out
+
+
+def test_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name(run, monkeypatch):
+    """The system writes when it likes: after a power cut, a file that was not waited for may be there and be empty."""
+    synced, missing, fsync, rename = set(), [], os.fsync, Path.rename
+
+    def watched(descriptor):
+        synced.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def named(self, target):
+        if Path(target).name.startswith("checkpoint-"):
+            needed = [path for path in self.rglob("*") if path.is_file()] + [self]
+            needed += [self.parent / name for name in RunFolder.LOGS]
+            missing.extend(path for path in needed if str(path) not in synced)
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    monkeypatch.setattr(Path, "rename", named)
+    folder = run(steps=1)
+    assert (folder / "checkpoint-1").exists() and missing == [] and str(folder) in synced

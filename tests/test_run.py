@@ -409,6 +409,8 @@ def test_a_resumed_run_remembers_what_was_asked_for(run, pays_length):
     folder = str(run(steps=2)["run"])
     grpo.train(grpo.parse_config(["--resume", folder, "--steps", "4"]))
     assert grpo.parse_config(["--resume", folder]).steps == 4
+    again = grpo.parse_config(["--config", f"{folder}/config.yaml"])
+    assert again.resume == "", "a run with these settings is a new one"
 
 
 def test_dead_groups_are_kept_under_a_kl_penalty_also_from_a_saved_config(run, pays_length):
@@ -713,3 +715,37 @@ def test_the_curves_show_the_log(run, pays_length, monkeypatch):
         assert drawn[name] == [(row["step"], row[name]) for row in evaluations]
         intervals = [(row[f"{name}_low"], row[f"{name}_high"]) for row in evaluations]
         assert bars[name] == [pytest.approx(interval) for interval in intervals]
+
+
+def test_minibatches_are_drawn_anew_in_each_pass_and_step(run, pays_length, monkeypatch):
+    """All rows in each pass, in an order of its own, the same whenever the run is repeated."""
+    batch_loss, update, place, drawn = grpo.batch_loss, grpo.update, {}, []
+
+    def watched_update(policy, optimizer, accelerator, rollouts, *args):
+        place.update({id(r): i for i, r in enumerate(rollouts)})
+        return update(policy, optimizer, accelerator, rollouts, *args)
+
+    def watched_loss(policy, batch, *args):
+        drawn.append(sorted(place[id(r)] for r in batch))
+        return batch_loss(policy, batch, *args)
+
+    monkeypatch.setattr(grpo, "update", watched_update)
+    monkeypatch.setattr(grpo, "batch_loss", watched_loss)
+    settings = dict(steps=2, prompts_per_step=4, epochs=2, minibatches=2, dead_groups="keep", eval_steps=0)
+    run(**settings)
+    assert len(drawn) == 8, "two steps of two passes of two minibatches"
+    for i in range(0, 8, 2):
+        assert sorted(drawn[i] + drawn[i + 1]) == list(range(16)) and len(drawn[i]) == 8
+    firsts = [tuple(rows) for rows in drawn[::2]]
+    assert len(set(firsts)) == 4 and tuple(range(8)) not in firsts
+    first = list(drawn)
+    run(**settings)
+    assert drawn[8:] == first
+
+
+def test_a_run_limits_its_threads(run, monkeypatch):
+    limited = []
+    monkeypatch.setattr(loading, "limit_threads", limited.append)
+    run(steps=0)
+    (model,) = limited
+    assert sum(p.numel() for p in model.parameters()) < loading.SINGLE_THREADED and not model.training

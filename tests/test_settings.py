@@ -702,6 +702,7 @@ class Tracker:
         self.config = config
 
     def log(self, values, step):
+        assert "step" not in values and None not in values.values()
         self.logged.append((step, sorted(values)[0].partition("/")[0] == "eval"))
 
     def log_table(self, name, columns, data, step):
