@@ -426,10 +426,10 @@ def test_the_experts_are_balanced_over_real_tokens(tmp_path, monkeypatch, tokeni
     seen, real, draw, loss = [], [], train.batches, train.load_balancing_loss
     monkeypatch.setattr(train, "batches", lambda *args: seen.extend(found := list(draw(*args))) or iter(found))
     monkeypatch.setattr(train, "load_balancing_loss", lambda *args: (real.append(args[1]), loss(*args))[1])
-    pretrain(PretrainConfig(output=str(tmp_path / "a"), **TINY | dict(steps=12, final_share=0, num_experts=2)))
+    pretrain(PretrainConfig(output=str(tmp_path / "a"), **TINY | dict(steps=32, final_share=0, num_experts=2)))
     for (ids, *_), mask in zip(seen, real, strict=False):
         assert torch.equal(mask, ids[:, :-1].flatten() != tokenizer.pad_token_id)
-    assert len(real) == 12 and not all(mask.all() for mask in real)
+    assert len(real) == 32 and not all(mask.all() for mask in real)
 
 
 def test_the_load_of_experts_is_that_of_real_tokens(tokenizer):
