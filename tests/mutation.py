@@ -37,11 +37,14 @@ ROOT = Path(__file__).resolve().parent.parent
 NOT_MUTATED = ("tests", "benchmarks", "notebooks", "examples", "docs", "runs", "build")
 NOT_COPIED = (".*", "runs", "__pycache__")
 # what the tests import, most of which takes seconds
-PRELOADED = """torch torch._dynamo torch.distributed.fsdp torch.distributed.tensor accelerate accelerate.tracking datasets
+PRELOADED = """
+torch torch._dynamo torch.distributed.fsdp torch.distributed.tensor accelerate accelerate.tracking datasets
 transformers transformers.modeling_utils transformers.generation.utils transformers.distributed.fsdp
-transformers.models.auto.auto_factory transformers.models.gpt2.modeling_gpt2 transformers.models.llama.modeling_llama
-transformers.models.qwen2.modeling_qwen2 transformers.models.qwen3.modeling_qwen3 transformers.models.bloom.modeling_bloom
-trl hypothesis jsonargparse matplotlib.figure math_verify nbformat pytest yaml""".split()
+transformers.models.auto.auto_factory transformers.models.gpt2.modeling_gpt2
+transformers.models.llama.modeling_llama transformers.models.qwen2.modeling_qwen2
+transformers.models.qwen3.modeling_qwen3 transformers.models.bloom.modeling_bloom trl hypothesis jsonargparse
+matplotlib.figure math_verify nbformat pytest yaml
+""".split()
 
 
 class Place(NamedTuple):
