@@ -1,6 +1,7 @@
 """The memory table: its arithmetic against what autograd really keeps, and what it advises."""
 
 import random
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -160,7 +161,14 @@ def test_the_advice_comes_true(card, capsys):
     typed = {name: value == "true" if value in ("true", "false") else int(value) for name, value in given.items()}
     capsys.readouterr()
     card(QWEN_3B, replace(config, **typed), 75e9)
-    assert "may not fit" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "may not fit" not in out
+    # in the words of the refusal: what it needs, with the flags and without, beside what is free
+    needed = [memory.peak(table(QWEN_3B, c, free=75e9)) / 1e9 for c in (config, replace(config, **typed))]
+    numbers = re.findall(r"about (\d+) GB|, ([\d.]+) are free", str(refused.value))
+    assert [float(a or b) for a, b in numbers] == [round(needed[0]), 75.0, round(needed[1])]
+    together = next(line for line in out.splitlines() if line.startswith("  together"))
+    assert max(map(float, together.split()[1:])) == pytest.approx(needed[1], abs=0.06)
 
 
 @pytest.mark.parametrize(
