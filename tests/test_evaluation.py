@@ -3,6 +3,7 @@
 import itertools
 import json
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from conftest import is_close
 
 import grpo
+import parallel
 import run_folder
 
 
@@ -258,3 +260,38 @@ def test_parts_may_be_missing_here_and_there():
     rollouts = [rollout(1.0, 2, steps=3), rollout(0.0, 2, steps=None), rollout(0.0, 2), rollout(1.0, 2, tries=4)]
     means = grpo.part_means(rollouts)
     assert means == dict(correct=0.5, format=1.0, steps=3.0, tries=4.0)
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_each_process_samples_its_own_problems_with_a_seed_of_its_own(process, tokenizer, make_config, monkeypatch):
+    state = SimpleNamespace(num_processes=2, process_index=process)
+    monkeypatch.setattr(grpo, "PartialState", lambda: state)
+    monkeypatch.setattr(parallel, "PartialState", lambda: state)
+    monkeypatch.setattr(parallel, "join", lambda rows: rows)
+    task, asked = FakeTask(), []
+
+    class Sampler(FakeSampler):
+        def generate(self, prompts, group_size, sampling, seed):
+            asked.append((prompts, seed))
+            return super().generate(prompts, group_size, sampling, seed)
+
+    problems = [grpo.Problem(e, *grpo.encode_prompt(tokenizer, task, e)) for e in task.eval()]
+    grpo.complete(Sampler(), tokenizer, task, problems, 2, grpo.Sampling(4), seed=5)
+    ((prompts, seed),) = asked
+    assert len(prompts) == 5 and all(p in [problem.ids for problem in problems] for p in prompts)
+    assert (seed == 5) == (process == 0), "or both would give the same answers to the same prompt"
+
+
+def test_prompts_that_were_too_long_are_counted_in_every_draw(tokenizer, make_config, monkeypatch):
+    draw, counted = grpo.draw_prompts, []
+    monkeypatch.setattr(
+        grpo, "draw_prompts", lambda *args: (draw(*args)[0], counted.append(3 + len(counted)) or counted[-1])
+    )
+    config = make_config(prompts_per_step=2, group_size=2, dead_groups="resample", resample_rounds=2)
+
+    class Dead(FakeTask):
+        def reward(self, text, example):
+            return super().reward(text, example) | {"reward": 0.0}
+
+    _, counts = grpo.collect(FakeSampler(), tokenizer, Dead(), config, 1)
+    assert counted == [3, 4, 5] and counts["prompts_too_long"] == 12

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from accelerate.utils import DistributedType
 
 import grpo
 import loading
@@ -292,3 +293,27 @@ def test_the_training_column_is_what_an_update_holds(bf16, optimizer, checkpoint
     measured = sum(tensor.numel() * tensor.element_size() for tensor in held) + live_bytes(step)
     parts = memory.needs(Shape.of(model_config), config, bf16, False, False, 1e12, Spread())
     assert sum(column[2] for column in parts.values()) == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "kind, spread",
+    [("MULTI_GPU", Spread(4)), ("FSDP", Spread(4, 4, 4, 4)), ("DEEPSPEED", Spread(4, 1, 4, 4)), ("NO", Spread(4))],
+)
+def test_what_is_spread_over_processes(kind, spread):
+    kind = DistributedType(kind)
+    assert Spread.of(SimpleNamespace(num_processes=4, distributed_type=kind)) == spread
+
+
+def test_processes_share_the_memory_of_a_machine(monkeypatch, capsys):
+    monkeypatch.setattr(memory, "free_memory", lambda device: 100e9)
+    for device, free in (("cpu", "25.0"), ("cuda", "100.0")):  # each has a card of its own
+        accelerator = SimpleNamespace(device=torch.device(device), mixed_precision="no", num_processes=4)
+        accelerator.distributed_type = DistributedType.MULTI_CPU
+        memory.check_memory(transformers.Qwen2Config(**QWEN_HALF_B), recipe("gsm8k-0.5b"), accelerator, False)
+        assert capsys.readouterr().out.splitlines()[-1].split()[-1] == free
+
+
+def test_the_evaluation_counts_in_the_rows_that_are_sampled_at_once():
+    few = replace(recipe("countdown-3b"), sample_rows=4, group_size=4)
+    cache = [table(QWEN_3B, replace(few, eval_samples=k), vllm=False)["key-value cache"][0] for k in (4, 64)]
+    assert cache[1] == 16 * cache[0]

@@ -238,7 +238,7 @@ def test_14_nothing_is_tokenised_twice(tokenizer, make_config):
 @pytest.mark.parametrize("fault", ["none", "does nothing", "forgets the head", "forgets a layer"])
 def test_15_a_weight_sync_cannot_fail_silently(fault, model, make_config, accelerator):
     """A sampler with weights of its own, which the self-test at the start must see follow the trainer's."""
-    own, policy, forgotten = copy.deepcopy(model), grpo.Policy(model), {"forgets the head": "word_embeddings"}
+    own, forgotten = copy.deepcopy(model), {"forgets the head": "word_embeddings"}
     sampler = grpo.TorchSampler(own, [2])
 
     def sync():
@@ -251,11 +251,17 @@ def test_15_a_weight_sync_cannot_fail_silently(fault, model, make_config, accele
     sampler.sync = sync
     before = copy.deepcopy(model.state_dict())
 
-    def check():
+    def check(**settings):
+        policy = grpo.Policy(model, settings.get("temperature", 1.0))
         gap = partial(grpo.logp_gap, policy, accelerator, make_config())
-        loading.check_sampler(sampler, policy, [[1, 5, 6]], gap, make_config())
+        loading.check_sampler(sampler, policy, [[1, 5, 6]], gap, make_config(**settings))
 
     if fault == "none":
+        with pytest.MonkeyPatch.context() as patch:  # at the temperature of the run, as long as answers may be
+            asked, generate = [], sampler.generate
+            patch.setattr(sampler, "generate", lambda *args: (asked.append(args[2]), generate(*args))[1])
+            check(temperature=0.7, max_completion_tokens=5)
+            assert asked == [grpo.Sampling(5, 0.7)] * 3
         check()
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     else:

@@ -237,6 +237,13 @@ def test_several_runs_share_one_page_and_its_bound(make_run, tmp_path):
     assert len(data_of(tmp_path / "x.html")["runs"]) == 3
 
 
+def test_runs_of_one_name_are_told_apart_by_their_folders(make_run, tmp_path):
+    (tmp_path / "a").mkdir()
+    folders = [make_run("a/same"), make_run("same")]
+    report.main([*map(str, folders), "--out", str(tmp_path / "x.html")])
+    assert [run["name"] for run in data_of(tmp_path / "x.html")["runs"]] == list(map(str, folders))
+
+
 @pytest.mark.parametrize("prompt, drawn", [("id-2+2", [[1, 2, 3, 4, 5], [0] * 5]), ("id-9+9", [[0, 5], [0, 1]])])
 def test_one_prompt_over_time_as_a_plot(make_run, tmp_path, monkeypatch, prompt, drawn):
     from matplotlib.axes import Axes
@@ -249,6 +256,7 @@ def test_one_prompt_over_time_as_a_plot(make_run, tmp_path, monkeypatch, prompt,
 
     monkeypatch.setattr(Axes, "plot", record)
     report.main([str(make_run()), "--prompt_id", prompt, "--out", str(tmp_path / "x.png")])
+    assert prompt != "id-9+9" or calls[1] == [[0, 5], [0, 0.5]], "the sampled answers"
     assert calls[0] == drawn and (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 import grpo
 import loading
+import memory
 import run_folder
 import settings
 from mathformer.train import build_model
@@ -749,3 +750,94 @@ def test_a_run_limits_its_threads(run, monkeypatch):
     run(steps=0)
     (model,) = limited
     assert sum(p.numel() for p in model.parameters()) < loading.SINGLE_THREADED and not model.training
+
+
+def test_a_model_that_caps_its_logits_is_refused_before_any_work(tokenizer, tmp_path):
+    torch.manual_seed(0)
+    shape = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1, head_dim=8)
+    config = transformers.Gemma2Config(
+        **shape, num_attention_heads=4, num_key_value_heads=2, final_logit_softcapping=0.1, initializer_range=0.4
+    )
+    transformers.Gemma2ForCausalLM(config).save_pretrained(tmp_path / "capped")
+    tokenizer.save_pretrained(tmp_path / "capped")
+    with pytest.raises(grpo.UsageError, match="Gemma2ForCausalLM scales or caps its logits"):
+        grpo.train(grpo.Config(model=str(tmp_path / "capped"), task="arithmetic", runs=str(tmp_path / "runs")))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_reference_has_the_precision_of_the_weights(run, pays_length):
+    """Of a policy in bf16, a reference in float32 would differ at the start."""
+    for optimizer in ("adamw", "adamw_offload"):
+        row = rows(run(optimizer=optimizer, kl_coef=0.5, steps=1)["run"], "metrics.jsonl")[0]
+        assert abs(row["kl_ref"]) < 1e-6
+
+
+def test_code_of_a_model_is_trusted_wherever_it_is_loaded(run, monkeypatch):
+    asked = []
+    for name, at in (("load_model_config", 1), ("load_model", 2)):
+        original = getattr(loading, name)
+
+        def watched(*args, name=name, at=at, original=original, **kwargs):
+            asked.append((name, kwargs.get("trust_remote_code", args[at] if len(args) > at else None)))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(loading, name, watched)
+    for trusted in (True, False):
+        asked.clear()
+        run(steps=0, kl_coef=0.1, trust_remote_code=trusted)
+        outer = [found for name, found in asked if name == "load_model"]
+        assert len(outer) == 2 and {found for _, found in asked} == {trusted}, "the policy, and the reference"
+
+
+def shown_group(monkeypatch, run, **settings) -> tuple[list, list[float]]:
+    """The rollouts and weights that `--steps 0` shows a group of."""
+    found, show = [], run_folder.show_group
+    monkeypatch.setattr(run_folder, "show_group", lambda *args: (found.append(args), show(*args))[1])
+    run(steps=0, **settings)
+    (rollouts, weights, *_), *_ = found
+    return rollouts, weights
+
+
+def test_the_group_that_is_shown_has_the_weights_of_the_settings(run, pays_length, monkeypatch):
+    rollouts, weights = shown_group(monkeypatch, run)
+    assert weights == pytest.approx([1 / sum(r.length for r in rollouts)] * 8) and any(r.truncated for r in rollouts)
+    rollouts, weights = shown_group(monkeypatch, run, loss_weight="constant")
+    assert weights == pytest.approx([1 / (8 * 8)] * 8)
+    rollouts, weights = shown_group(monkeypatch, run, mask_truncated=True)
+    whole = sum(r.length for r in rollouts if not r.truncated)
+    assert weights == pytest.approx([0 if r.truncated else 1 / whole for r in rollouts])
+
+
+def test_the_group_that_is_shown_is_advised_by_a_kl_in_the_reward_too(run, pays_length, monkeypatch):
+    rollouts, _ = shown_group(monkeypatch, run, kl_coef=0.1, kl_in="reward", advantage="rloo")
+    assert all(len(r.ref_logps) == r.length for r in rollouts)
+
+
+def test_training_prompts_that_are_all_too_long_are_told_before_the_evaluation(run, tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text(OWN_TASK.replace('rng.choice("1234")', '"1" * 30'))
+    monkeypatch.setattr(grpo, "evaluate", lambda *args: pytest.fail("the evaluation was started"))
+    with pytest.raises(grpo.UsageError, match="nearly all prompts are over max_prompt_tokens = 20"):
+        run(task=f"{tmp_path}/own.py:Own", task_args={})
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("kind", ["torch", "vllm"])
+def test_the_memory_of_vllm_is_counted_where_it_samples(kind, run, monkeypatch):
+    def check_memory(model_config, config, accelerator, vllm):
+        raise grpo.UsageError(f"asked with {vllm}")
+
+    monkeypatch.setattr(loading, "choose_sampler", lambda *args: kind)
+    monkeypatch.setattr(memory, "check_memory", check_memory)
+    with pytest.raises(grpo.UsageError, match=f"asked with {kind == 'vllm'}"):
+        run(steps=0)
+
+
+def test_model_task_and_run_can_come_from_the_environment(run, pays_length, monkeypatch, model_folder):
+    """The preset of the plain command is for the small model alone, however another one is named."""
+    folder = run(steps=1)["run"]
+    monkeypatch.setenv("GRPO_MODEL", model_folder)
+    monkeypatch.setenv("GRPO_TASK", "arithmetic")
+    config = grpo.parse_config([])
+    assert (config.model, config.lr) == (model_folder, 1e-6)
+    monkeypatch.setenv("GRPO_RESUME", str(folder))
+    assert grpo.parse_config([]).lr == 1e-3

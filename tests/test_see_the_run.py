@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -328,3 +329,63 @@ def test_before_and_after_side_by_side():
         ["worked", "answers", "10.0%", "90.0%"],
         ["made", "to", "show", "steps", "75.0%", "right"],
     ]
+
+
+def test_the_group_that_is_shown_first_is_one_to_learn_from(capsys):
+    rollouts = group(0.0, 0.0) + group(0.0, 1.0)
+    for r in rollouts[:2]:
+        r.dead = True
+    words = SimpleNamespace(convert_ids_to_tokens=lambda ids: [f"<{i}>" for i in ids])
+    run_folder.show_group(rollouts, [0.1, 0.2, 0.3, 0.4], words, 2)
+    out = capsys.readouterr().out
+    assert "completions of question (0.0, 1.0)" in out
+    table = [line.split() for line in out.splitlines()[-2:]]
+    assert table == [["0.00", "-0.500", "3.00e-01", "1", "<5>"], ["1.00", "+0.500", "4.00e-01", "1", "<5>"]]
+
+
+def test_every_row_of_the_card_is_its_own(make_config):
+    def row(x: float, **more) -> dict:
+        found = {"n": 50, "pass_at_k": {"1": x, "4": x + 0.2}, "length": 100 * x}
+        for i, key in enumerate(("accuracy", "accuracy_sampled"), 1):
+            found |= {key: x + i / 100, f"{key}_low": x, f"{key}_high": x + 0.1}
+        return found | more
+
+    metrics = [dict(tokens=1000, seconds_sample=60, seconds_train=30, seconds_sync=30)] * 2
+    card = model_card.model_card(make_config(seed=3), "qwen2", [row(0.1), row(0.9), row(0.3)], metrics)
+    assert card.split("| --- | --- | --- |\n")[1].split("\n\n")[0].splitlines() == [
+        "| greedy accuracy | 11.0% (10.0% to 20.0%) | 31.0% (30.0% to 40.0%) |",
+        "| sampled accuracy | 12.0% (10.0% to 20.0%) | 32.0% (30.0% to 40.0%) |",
+        "| pass@4 | 30.0% | 50.0% |",
+        "| tokens of a sampled answer | 10.0 | 30.0 |",
+    ]
+    assert "seed 3: 1,000 tokens sampled, 4.0 minutes" in card and "On 50 evaluation problems" in card
+
+
+def test_a_run_is_played_as_it_was_trained(run, monkeypatch, capsys):
+    """Its task with all arguments, its sampling; and only samples count as samples."""
+    task_args = dict(eval_size=4, max_depth=2)
+    folder = run(temperature=0.5, top_k=3, task_args=task_args, reward_seconds=5.0, steps=2, save_steps=1)
+    loaded, sampled, load, complete = [], [], loading.load_task, grpo.complete
+
+    def answer(sampler, tokenizer, task, problems, group_size, sampling, *args):
+        sampled.append(sampling)
+        found = complete(sampler, tokenizer, task, problems, group_size, sampling, *args)
+        for r in found:  # the most likely answer is right, all others are not
+            r.parts["correct"] = float(sampling.temperature == 0)
+        return found
+
+    monkeypatch.setattr(loading, "load_task", lambda *args: (loaded.append(args), load(*args))[1])
+    monkeypatch.setattr(grpo, "complete", answer)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("3*4\n"))
+    play.main([str(folder), "--samples", "2"])
+    assert loaded == [("arithmetic", task_args, 5.0)]
+    assert sampled == [grpo.Sampling(40, 0.0), grpo.Sampling(40, 0.5, 1.0, 3)] * 2
+    assert capsys.readouterr().out.count("0 of 2 samples right") == 2
+
+
+def test_an_unfinished_run_is_played_from_its_newest_checkpoint(run):
+    folder = run(steps=2, save_steps=1)
+    config = play.read_config(folder)
+    assert play.trained_model(folder, config) == str(folder / "final")
+    shutil.rmtree(folder / "final")
+    assert play.trained_model(folder, config) == str(folder / "checkpoint-2")

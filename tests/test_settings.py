@@ -724,6 +724,13 @@ def test_a_tracker_is_told_the_project_and_the_name_of_the_run(seen, monkeypatch
     (a, b), name = Tracker.made, plain.folder.name
     assert (a.project, a.settings["name"], a.settings["id"]) == ("grpo", name, name)
     assert (b.project, b.settings["name"], b.settings["id"]) == ("my-project", "my-run", named.folder.name)
+    assert a.settings["resume"] == "allow", "a resumed run goes on in the same run of theirs"
+    monkeypatch.setenv("TRACKIO_PROJECT", "of-trackio")
+    monkeypatch.setenv("WANDB_NAME", "of-wandb")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tracker, "made", made := [])
+        trackers.Trackers(grpo.Config(model="m", task="t", report_to="wandb"), plain.folder, 0)
+    assert (made[0].project, made[0].settings["name"]) == ("of-trackio", "of-wandb")
     assert b.config["run_name"] == "my-run" and equal(plain.parts["weights"], named.parts["weights"])
     assert b.logged == ["start", (0, True), (1, False), (1, 8), (2, False), (2, 8), (2, True), "finish"]
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import grpo
 import loading
+import tasks
 from tasks import (
     GSM8K,
     Countdown,
@@ -400,3 +401,27 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
 def test_grpo_finds_the_tasks_by_name(name, tmp_path):
     with pytest.raises(grpo.UsageError, match="its arguments: .*dataset"):
         loading.load_task(name, {"data": "x"})
+
+
+@pytest.mark.parametrize(
+    "task, asked",
+    [
+        (lambda: Math("train/set", "test/set"), [("train/set", "train", None), ("test/set", "test", None)]),
+        (lambda: GSM8K(), [("openai/gsm8k", "train", "main"), ("openai/gsm8k", "test", "main")]),
+        (lambda: GSM8K("my/own"), [("my/own", "train", None), ("my/own", "test", None)]),
+        (lambda: Countdown("my/own", eval_size=1), [("my/own", "train", None)]),
+    ],
+)
+def test_splits_of_the_hub_that_are_asked_for(task, asked, monkeypatch):
+    found = []
+
+    def load_rows(dataset, split, columns, subset=None):
+        found.append((dataset, split, subset))
+        row = dict(
+            problem="P", solution="\\boxed{1}", level="Level 1", answer="#### 1", question="Q", nums=[1], target=1
+        )
+        return datasets.Dataset.from_list([row | {"answer": "1"} if "problem" in columns else row, row | {"target": 2}])
+
+    monkeypatch.setattr(tasks, "load_rows", load_rows)
+    task()
+    assert found == asked
