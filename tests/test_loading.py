@@ -110,6 +110,8 @@ def test_remote_code_is_trusted_by_those_who_say_so_everywhere(monkeypatch):
 
     for owner in (transformers.AutoConfig, transformers.AutoTokenizer, transformers.AutoModelForCausalLM):
         watch(owner)
+    loading.load_model("mathformer/pretrained")
+    assert {value for _, value in asked} == {False}, "where nothing is said"
     for trusted in (True, False):
         asked.clear()
         loading.load_model("mathformer/pretrained", trust_remote_code=trusted)

@@ -85,6 +85,15 @@ def test_clip_value_and_gradient(advantage, ratio, loss, slope, clipped):
     assert is_close(got.item(), loss) and is_close(logp.grad.item(), slope) and what.item() == clipped
 
 
+def test_a_completion_of_one_token_has_that_tokens_ratio():
+    logps, old = torch.tensor([[-1.0, -2.0], [-1.0, 0.0]]), torch.tensor([[-1.1, -2.3], [-1.1, 0.0]])
+    mask = torch.tensor([[True, True], [True, False]])
+    loss, _ = grpo.policy_loss(logps, old, torch.ones(2, 1), 9.0, 9.0, mask, ratio="sequence")
+    assert loss[0].tolist() == pytest.approx([-math.exp(0.2)] * 2) and loss[1].tolist() == pytest.approx(
+        [-math.exp(0.1), 0]
+    )
+
+
 def test_clip_sides_are_separate():
     logp = torch.tensor([[math.log(1.25)]])
     assert grpo.policy_loss(logp, torch.zeros(1, 1), torch.ones(1, 1), 0.2, 0.28)[0].item() == pytest.approx(-1.25)

@@ -92,6 +92,8 @@ def test_a_group_is_group_size_rows_of_one_step_and_prompt(make_run):
     assert rights == [1, 2, 2, 2] and run["total"] == run["shown"] == 16
     assert "3 rollouts are in no whole group of 4: they are left out" in run["notes"]
     assert run["prompts"]["id-a"]["trained"] == [[1, 3, 8]], "accuracy counts both groups"
+    once = {"step", "prompt", "prompt_id"}  # for the group, not with each of its rows: the page would be twice as long
+    assert not any(once & row.keys() for g in run["groups"] for row in g["rows"])
 
 
 def test_without_a_group_size_neighbours_of_one_prompt_are_a_group(make_run):

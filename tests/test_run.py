@@ -633,6 +633,14 @@ def test_the_seconds_of_a_step_are_those_of_its_parts(run, pays_length, monkeypa
     monkeypatch.undo()
 
 
+def test_a_bar_shows_the_progress_of_a_run_and_no_bar_an_evaluation(run, pays_length, capsys):
+    run(steps=3)
+    bar = capsys.readouterr().err
+    assert "3/3" in bar and "step/s" in bar and "reward=" in bar and "length=" in bar
+    run(steps=0)
+    assert "/s" not in capsys.readouterr().err
+
+
 def test_the_memory_is_that_of_the_process():
     measured = psutil.Process().memory_info().rss / 1e9
     assert measured < 1.01 * run_folder.peak_memory(torch.device("cpu")) < 20
