@@ -440,3 +440,15 @@ def test_the_load_of_experts_is_that_of_real_tokens(tokenizer):
     for layer, shares in enumerate(together):
         expected = [(7 * a + 4 * b) / 11 for a, b in zip(alone[0][layer], alone[1][layer], strict=True)]
         assert shares == pytest.approx(expected)
+
+
+def test_a_mixture_is_evaluated_with_the_load_of_its_experts(tmp_path, tokenizer, capsys):
+    torch.manual_seed(0)
+    build_model("tiny", tokenizer, num_experts=2).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    flags = ["--problems", "4", "--samples", "1", "--max_gen_len", "4"]
+    evaluate.main(["--checkpoint", str(tmp_path), *flags, "--out", str(tmp_path / "out.json")])
+    load = json.loads((tmp_path / "out.json").read_text())["expert_load"]
+    assert len(load) == 3 and all(sum(shares) == pytest.approx(1) for shares in load)
+    printed = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("  layer")]
+    assert printed == [f"layer {i}: {a:.1%}, {b:.1%}" for i, (a, b) in enumerate(load, 1)]

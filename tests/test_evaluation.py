@@ -140,6 +140,11 @@ def test_verdict(row, said):
     assert said in run_folder.verdict(row)
 
 
+def test_the_verdict_names_its_figures():
+    said = run_folder.verdict(verdict_row(0.3, 0.25, 0.7))
+    assert said == "will it learn? yes (groups of 8: 30% dead, pass@1 25%, pass@8 70%)"
+
+
 def test_prefill_is_prompted_and_judged(tokenizer, make_config):
     task = FakeTask()
     task.prefill = "12"

@@ -849,3 +849,9 @@ def test_model_task_and_run_can_come_from_the_environment(run, pays_length, monk
     assert (config.model, config.lr) == (model_folder, 1e-6)
     monkeypatch.setenv("GRPO_RESUME", str(folder))
     assert grpo.parse_config([]).lr == 1e-3
+
+
+def test_each_evaluation_is_shown_once_and_the_last_beside_the_first(run, pays_length, capsys):
+    run(steps=2, eval_steps=1)
+    heads = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(" " * 20)]
+    assert heads == [["before"], ["after", "1", "steps"], ["before", "after", "2", "steps"]]

@@ -783,6 +783,7 @@ def test_the_logs_hold_what_was_trained(seen):
     for row, r in zip(rows, rollouts, strict=True):
         expected = dict(prompt=r.prompt, completion=r.text, advantage=r.advantage, penalty=r.penalty, length=r.length)
         assert row == dict(step=row["step"], prompt_id=row["prompt_id"], truncated=r.truncated) | r.parts | expected
+    assert all(re.fullmatch("[0-9a-f]{8}", row["prompt_id"]) for row in rows)
     assert len({row["prompt_id"] for row in rows}) == len({row["prompt"] for row in rows}) > 3
     for i, row in enumerate(run.metrics, 1):
         assert row["tokens"] == sum(r.length for r in rollouts[: 8 * i])
