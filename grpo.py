@@ -77,11 +77,11 @@ from settings import Config, Sampling, UsageError, parse_config
 
 REWARD_KEYS = ("reward", "correct", "format", "prediction", "ground_truth")
 # Names of the run's own figures, which a task's parts would overwrite in the logs.
-RESERVED = """step n prompt prompt_id completion advantage penalty length length_correct length_wrong truncated tokens
+RESERVED = frozenset("""step n prompt prompt_id completion advantage penalty length length_correct length_wrong truncated tokens
 accuracy accuracy_low accuracy_high accuracy_sampled accuracy_sampled_low accuracy_sampled_high accuracy_worked
 sampled_correct pass_at_k pass_at_group reward_std zero_advantage_groups reflections loss kl_ref kl_coef entropy
 grad_norm lr clipped_low clipped_high ratio_max sampler_kl sampler_logp_gap skipped_updates nonfinite_updates
-prompts_too_long resampled_groups tokens_per_second seconds_sample seconds_train seconds_sync peak_memory""".split()
+prompts_too_long resampled_groups tokens_per_second seconds_sample seconds_train seconds_sync peak_memory""".split())
 
 
 # ==== 2. Sampling =====================================================================================================
@@ -393,7 +393,7 @@ def judge(task, text: str, problem: Problem) -> dict:
         raise UsageError(f"{where} raised {type(error).__name__}: {error}") from error
     if not isinstance(parts, dict) or any(key not in parts for key in REWARD_KEYS):
         raise UsageError(f"{where} must be a dict with the keys {', '.join(REWARD_KEYS)}, but is {parts!r}")
-    if taken := sorted(parts.keys() & set(RESERVED)):
+    if taken := sorted(parts.keys() & RESERVED):
         raise UsageError(f"{where} gives {', '.join(taken)}: the run's own figures have that name, choose another")
     parts = {key: value.item() if hasattr(value, "item") else value for key, value in parts.items()}  # numpy, torch
     for key in ("reward", "correct", "format"):

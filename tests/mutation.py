@@ -154,8 +154,8 @@ class Random(NamedTuple):
     occurrence: int
 
 
-def annotations(text: str) -> list[tuple[int, int]]:
-    """First and last line of nothing but type annotations: to change them changes nothing, or is a crash at import."""
+def annotations(text: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Begin and end of each type annotation, as (line, column): to change one does nothing, or is a crash at import."""
     found = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.arg | ast.AnnAssign) and node.annotation:

@@ -834,4 +834,4 @@ def test_no_part_of_a_task_can_have_a_name_of_the_runs_own(seen):
     run, logged = seen(), set()
     for name in ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl", "eval-0.jsonl"):
         logged |= set().union(*run.rows(name))
-    assert logged - set(grpo.REWARD_KEYS) == set(grpo.RESERVED)
+    assert logged - set(grpo.REWARD_KEYS) == grpo.RESERVED
