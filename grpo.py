@@ -77,11 +77,14 @@ from settings import Config, Sampling, UsageError, parse_config
 
 REWARD_KEYS = ("reward", "correct", "format", "prediction", "ground_truth")
 # Names of the run's own figures, which a task's parts would overwrite in the logs.
-RESERVED = frozenset("""step n prompt prompt_id completion advantage penalty length length_correct length_wrong truncated tokens
-accuracy accuracy_low accuracy_high accuracy_sampled accuracy_sampled_low accuracy_sampled_high accuracy_worked
-sampled_correct pass_at_k pass_at_group reward_std zero_advantage_groups reflections loss kl_ref kl_coef entropy
-grad_norm lr clipped_low clipped_high ratio_max sampler_kl sampler_logp_gap skipped_updates nonfinite_updates
-prompts_too_long resampled_groups tokens_per_second seconds_sample seconds_train seconds_sync peak_memory""".split())
+RESERVED = frozenset(
+    """step n prompt prompt_id completion advantage penalty length length_correct length_wrong truncated tokens
+    accuracy accuracy_low accuracy_high accuracy_sampled accuracy_sampled_low accuracy_sampled_high
+    accuracy_worked sampled_correct pass_at_k pass_at_group reward_std zero_advantage_groups reflections loss
+    kl_ref kl_coef entropy grad_norm lr clipped_low clipped_high ratio_max sampler_kl sampler_logp_gap
+    skipped_updates nonfinite_updates prompts_too_long resampled_groups tokens_per_second seconds_sample
+    seconds_train seconds_sync peak_memory""".split()
+)
 
 
 # ==== 2. Sampling =====================================================================================================
