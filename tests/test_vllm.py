@@ -257,6 +257,7 @@ def test_the_gradient_is_that_of_the_torch_sampler(folder, config, accelerator):
     assert largest_difference(by_vllm, by_torch) < 1e-3 * size
 
 
+@pytest.mark.curves
 def test_a_countdown_recipe_runs_with_vllm(qwen3_folder, tmp_path):
     argv = ["--config", "configs/countdown-workshop.yaml", "--model", qwen3_folder, "--sampler", "vllm"]
     argv += ["--task_args.dataset", "synthetic", "--task_args.eval_size", "4", "--steps", "3", "--eval_samples", "2"]
