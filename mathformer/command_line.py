@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from settings import UsageError
+from tasks import UsageError
 
 
 def parse_settings(settings_class: type, doc: str, args: list[str] | None = None):

@@ -11,14 +11,17 @@ import dataclasses
 import json
 import random
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
 import yaml
 
 import grpo
-import loading
-import run_folder
+from harness import evaluation, loading, prompts
+from harness.batching import policy_inputs
+from harness.metrics import average
+from harness.terminal import printable
 from mathformer.command_line import check_folder_of, errors_as_lines, parse_settings
 from mathformer.expressions import depth, leaves, parse, symbols
 from mathformer.expressions import evaluate as evaluate_expression
@@ -26,7 +29,7 @@ from mathformer.model import SIZES
 from mathformer.task import ArithmeticTask
 from mathformer.tokenizer import ANSWER, build_tokenizer
 from mathformer.train import SETTINGS_FILE, task_settings
-from run_folder import printable
+from tasks import load_task
 
 
 @dataclasses.dataclass
@@ -114,8 +117,8 @@ def accuracy_by(problems: list[dict], right: list[dict[str, float]]) -> list[dic
     for name in sorted(kinds, key=lambda name: (order[name.split()[0]], name)):
         row = {"problems": name, "n": len(kinds[name])}
         for how in right[0]:
-            row[how] = grpo.average(right[i][how] for i in kinds[name])
-        row["greedy_low"], row["greedy_high"] = run_folder.wilson_interval(row["greedy"], row["n"])
+            row[how] = average(right[i][how] for i in kinds[name])
+        row["greedy_low"], row["greedy_high"] = evaluation.wilson_interval(row["greedy"], row["n"])
         rows.append(row)
     return rows
 
@@ -132,7 +135,7 @@ def table(rows: list[dict]) -> str:
 @torch.no_grad()
 def expert_load(model, rollouts: list[grpo.Rollout]) -> list[list[float]]:
     """For each layer of a mixture of experts, the share of the token choices that falls on each expert; sums to 1."""
-    inputs = grpo.policy_inputs(rollouts, model.device)
+    inputs = policy_inputs(rollouts, model.device)
     ids = inputs["ids"]
     real = torch.arange(ids.shape[1], device=ids.device) < (inputs["prompt_lengths"] + inputs["lengths"])[:, None]
     routed = model(ids, output_router_logits=True).router_logits
@@ -151,7 +154,7 @@ def show_expression(text: str, sampler, tokenizer, task: ArithmeticTask, config:
         raise ValueError(f"{text!r} divides by zero") from error
     task.spaces = task.parentheses = 0.0
     example = task.example(tree, random.Random(0))
-    problem = [grpo.Problem(example, *grpo.encode_prompt(tokenizer, task, example))]
+    problem = [prompts.Problem(example, *prompts.encode_prompt(tokenizer, task, example))]
     most_likely = config.sampling._replace(temperature=0.0)
     greedy, worked = (
         grpo.complete(sampler, tokenizer, task, problem, 1, most_likely, config.seed, prefix)[0]
@@ -178,7 +181,7 @@ def evaluate(config: EvaluationConfig) -> dict | None:
         max_completion_tokens=config.max_gen_len,
         seed=config.seed,
     )
-    task = loading.load_task(settings.task, settings.task_args)
+    task = load_task(settings.task, settings.task_args)
     loading.check_window(model.config, settings)
     device = loading.make_accelerator(settings).device
     sampler = grpo.TorchSampler(model.to(device), loading.find_eos(model, tokenizer), settings.sample_rows)
@@ -186,12 +189,13 @@ def evaluate(config: EvaluationConfig) -> dict | None:
         if config.expression:
             show_expression(config.expression, sampler, tokenizer, task, settings)
             return None
-        problems = grpo.evaluation_problems(task, tokenizer, settings)
+        problems = prompts.evaluation_problems(task, tokenizer, settings)
         print(f"{config.checkpoint} on {len(problems)} problems: {settings.task_args}")
-        row, details = grpo.evaluate(sampler, tokenizer, task, problems, settings, step=0)
+        complete = partial(grpo.complete, sampler, tokenizer, task)
+        row, details = evaluation.evaluate(complete, task, problems, settings, step=0)
         most_likely = settings.sampling._replace(temperature=0.0)
         forced = {
-            how: grpo.complete(sampler, tokenizer, task, problems, 1, most_likely, config.seed, prefix)
+            how: complete(problems, 1, most_likely, config.seed, prefix)
             for how, prefix in (("worked", task.worked_prefix), ("direct", ANSWER))
         }
     right = [
@@ -200,9 +204,9 @@ def evaluate(config: EvaluationConfig) -> dict | None:
         for i, detail in enumerate(details)
     ]
     rows = accuracy_by([problem.example for problem in problems], right)
-    print(run_folder.evaluation_table([row]))
+    print(evaluation.evaluation_table([row]))
     print("  pass@k: " + ", ".join(f"{k}: {value:.1%}" for k, value in row["pass_at_k"].items()))
-    print(f"  {run_folder.verdict(row)}\n\n{table(rows)}")
+    print(f"  {evaluation.verdict(row)}\n\n{table(rows)}")
     print("  (worked: made to show its steps; direct: made to answer at once; both greedy; [..]: 95 % interval)")
     result = {"checkpoint": config.checkpoint, "settings": settings.task_args, "evaluation": row, "accuracy": rows}
     if model.config.num_experts > 1:

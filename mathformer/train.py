@@ -24,12 +24,13 @@ import transformers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from loading import load_model
+from harness.loading import load_model
+from harness.run_folder import RunFolder
+from harness.terminal import finish_step_on_signal
 from mathformer.command_line import check_folder_of, errors_as_lines, parse_settings
 from mathformer.model import SIZES, MathformerConfig, MathformerForCausalLM, load_balancing_loss
 from mathformer.task import ArithmeticTask, solution_text
 from mathformer.tokenizer import build_tokenizer
-from run_folder import RunFolder, finish_step_on_signal
 
 SETTINGS_FILE = "pretraining.json"  # in the model's folder: how it was made
 POOL = 32  # batches whose problems are drawn together

@@ -16,7 +16,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from settings import Config, UsageError
+from harness.settings import Config, UsageError
 
 LOGITS_CHUNK = 2048  # tokens whose logits exist at the same time: 16k tokens of a 152k vocabulary would be 9.3 GiB
 CUDA_ITSELF, VLLM_REST = 0.6e9, 3e9  # bytes: the context of CUDA; vLLM's CUDA graphs and workspace. Not measured

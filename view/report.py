@@ -1,11 +1,11 @@
 """One HTML page from a run's folder: curves, whole groups of completions, one prompt over time.
 
-    python report.py runs/<run>                            writes runs/<run>/report.html
-    python report.py runs/<run> runs/<other> ...           compares runs: writes runs/runs_report.html
-    python report.py runs/<run> --prompt_id 0a1b2c3d       the accuracy of that one prompt over time, as a PNG
+    python -m view report runs/<run>                            writes runs/<run>/report.html
+    python -m view report runs/<run> runs/<other> ...           compares runs: writes runs/runs_report.html
+    python -m view report runs/<run> --prompt_id 0a1b2c3d       the accuracy of that one prompt over time, as a PNG
 
-The page is one file that opens from disk and asks nothing of the network. This program reads logs only and needs no
-other file of the project but report_template.html, so it also works on the folder of a run that is still going.
+The page is one file that opens from disk and asks nothing of the network. The report reads logs only, so it also works
+on the folder of a run that is still going.
 """
 
 import argparse
@@ -21,61 +21,17 @@ from pathlib import Path
 
 import yaml
 
+from harness.settings import CHANGEABLE_ON_RESUME
+from view.curves import METRICS
+
 TEMPLATE = Path(__file__).with_name("report_template.html")
 MAX_BYTES = 24_000_000  # of rollouts in a page: what a browser opens within a second or two
 MAX_EVAL_PROMPTS = 1000
 LOGS = ("config.yaml", "metrics.jsonl", "rollouts.jsonl", "eval.jsonl")
 
-# How to read each curve. Metrics of one key, separated by spaces, share a panel.
-METRICS = {
-    "Learning": {
-        "accuracy accuracy_sampled": "On the evaluation problems, with 95 % intervals: this is what counts.",
-        "reward": "Should rise, unevenly since each step has other prompts; the band is ± reward_std.",
-        "reward_std": "Spread of the rewards within a group: where it is 0 there is nothing to learn.",
-        "correct": "Share of right completions; if it lags behind the reward, other parts of the reward are farmed.",
-        "format": "Share of completions of the right form: it usually saturates first, and then teaches no more.",
-        "worked": "Share of completions that show at least one true step.",
-        "pass_at_group": "Share of groups with a right completion: its lead over correct is what is left to learn.",
-        "penalty": "What came off the reward before it became an advantage, for length or for KL.",
-    },
-    "Lengths": {
-        "length": "Mean tokens of a completion: they grow where thinking pays, and shrink where guessing does.",
-        "length_correct length_wrong": "If only the wrong completions grow, the policy rambles, or long errors pay.",
-        "truncated": "Share of completions that were cut off; if it rises, raise max_completion_tokens.",
-        "reflections": "Share of completions with words like “wait”; words are no checks yet, so read some below.",
-    },
-    "Health": {
-        "zero_advantage_groups": "Share of dead groups, which teach nothing; near 1, problems are too easy or hard.",
-        "entropy": "Uncertainty, nats a token: a slow fall is learning, a fast one to 0 collapse, a rise gibberish.",
-        "kl_ref": "Distance from the model at the start: it grows with learning, and a jump is a bad update.",
-        "kl_coef": "Weight of the KL penalty, which moves only with a kl_target.",
-        "sampler_kl": "The sampler's log-prob minus the trainer's: should be 0 up to noise.",
-        "sampler_logp_gap": "Its absolute size: above 0.02, sampler and trainer are hardly the same model.",
-        "nonfinite_updates": "Updates that were skipped since their gradient was not finite: should be 0.",
-    },
-    "Optimization": {
-        "loss": "What was minimised: no measure of progress, and near or below 0 is normal.",
-        "grad_norm": "Norm of the gradient before clipping: a spike is a strange batch, 0 a step without news.",
-        "lr": "The learning rate: warm-up and schedule show here.",
-        "clipped_low clipped_high": "Shares of tokens whose gradient the clip removed; 0 with one update a batch.",
-        "ratio_max": "Largest ratio of new to old probability of a token; 1 with one update a batch.",
-        "skipped_updates": "Updates that were skipped since all their groups were dead.",
-    },
-    "Speed": {
-        "tokens_per_second": "Completion tokens over the seconds of the whole step.",
-        "seconds_sample seconds_train seconds_sync": "Where the seconds of a step go.",
-        "tokens": "Completion tokens sampled since the start: what a fair comparison of runs counts.",
-        "peak_memory": "Most memory so far, in GB: it should become flat within a few steps.",
-        "prompts_too_long": "Prompts over max_prompt_tokens, which were drawn again.",
-        "resampled_groups": "Dead groups that were replaced by fresh ones: they cost sampling too.",
-    },
-}
 OF_SOME_TASKS = {"worked", "reflections"}  # no wonder if they are missing
-
 # Settings that do not change what is learned. Runs that differ in these and in the seed only are one arm.
-NOT_LEARNED = {"seed", "eval_steps", "save_steps", "keep_last", "print_groups", "about", "runs", "resume"}
-NOT_LEARNED |= {"tokens_per_microbatch", "gradient_checkpointing", "offload_reference", "vllm_sleep"}
-NOT_LEARNED |= {"reward_seconds", "kv_cache_gb", "reflection_words", "report_to", "project", "run_name"}
+NOT_LEARNED = CHANGEABLE_ON_RESUME - {"steps"} | {"seed"}
 NOT_SHOWN = {"runs", "resume", "about"}  # in the table of settings that differ
 
 
@@ -327,7 +283,9 @@ def plot_prompt(folder: Path, name: str, out: Path) -> None:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m view report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run; several are compared")
     parser.add_argument("--out", type=Path, help="file to write, instead of the one named above")
     parser.add_argument("--max_rollouts", type=int, default=20_000, metavar="N",
@@ -361,7 +319,3 @@ def main(argv: list[str] | None = None) -> None:
         print(out)
     except (ReportError, OSError) as error:
         sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,5 +1,6 @@
-"""AdamW in three sizes: where weights and moments are kept, and in how many bytes."""
+"""AdamW in three sizes: where weights and moments are kept, and in how many bytes; and its learning rate."""
 
+import math
 from importlib.util import find_spec
 
 import torch
@@ -7,8 +8,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
-import parallel
-from settings import Config, UsageError
+from harness import parallel
+from harness.settings import Config, UsageError
 
 
 def make_optimizer(policy: nn.Module, config: Config, accelerator: Accelerator) -> torch.optim.Optimizer:
@@ -116,3 +117,12 @@ def load_moments(optimizer, packed: dict[str, torch.Tensor]) -> None:
 
                 state[key] = OptimState8bit(**value, signed=key == "exp_avg", dtype=parameters[i].dtype)
     optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """The learning rate of step 1, 2, ..., steps. A function of the step alone, so a resumed run needs no memory."""
+    if step <= config.warmup_steps:
+        return config.lr * step / config.warmup_steps
+    done = (step - config.warmup_steps - 1) / max(1, config.steps - config.warmup_steps)
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+    return config.lr * shape[config.lr_schedule]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from settings import CHANGEABLE_ON_RESUME, Config
+from harness.settings import CHANGEABLE_ON_RESUME, Config
 
 TEMPLATE = """---
 {front}---

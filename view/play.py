@@ -1,6 +1,6 @@
 """A playground: the base's and the trained model's answers to a problem, side by side with their rewards.
 
-    python play.py runs/<run>
+    python -m view play runs/<run>
 
 Type a problem as the task writes it (arithmetic: `3*(4+5)`; countdown: `3 7 25 = 46`; gsm8k and math: a question, ####
 and its answer), or press Enter for one of the evaluation problems. Ctrl-D ends it.
@@ -18,9 +18,11 @@ from pathlib import Path
 import yaml
 
 import grpo
-import loading
-from run_folder import RunFolder, printable
-from settings import Config, Sampling, UsageError
+from harness import loading, prompts
+from harness.run_folder import RunFolder
+from harness.settings import Config, Sampling
+from harness.terminal import printable
+from tasks import UsageError, load_task
 
 
 def read_config(run: Path) -> Config:
@@ -41,12 +43,12 @@ def trained_model(run: Path, config: Config) -> str:
     return str(found)
 
 
-def problem_of(text: str, task, tokenizer, rng: random.Random, problems: list[dict]) -> grpo.Problem:
+def problem_of(text: str, task, tokenizer, rng: random.Random, problems: list[dict]) -> prompts.Problem:
     """What was typed as a problem, or a random one of the evaluation if nothing was."""
     if text and not hasattr(task, "typed"):
         raise ValueError(f"{type(task).__name__} takes no typed problems (it has no method `typed`): press Enter")
     example = task.typed(text) if text else rng.choice(problems)
-    return grpo.Problem(example, *grpo.encode_prompt(tokenizer, task, example))
+    return prompts.Problem(example, *prompts.encode_prompt(tokenizer, task, example))
 
 
 def answer_lines(title: str, rollout: grpo.Rollout, width: int) -> list[str]:
@@ -65,7 +67,7 @@ def side_by_side(left: list[str], right: list[str], width: int) -> str:
 
 def play(run: Path, samples: int, seed: int) -> None:
     config = read_config(run)
-    task = loading.load_task(config.task, config.task_args, config.reward_seconds)
+    task = load_task(config.task, config.task_args, config.reward_seconds)
     accelerator = loading.make_accelerator(config)
     samplers = {}
     for title, name in (("base", config.model), ("trained", trained_model(run, config))):
@@ -104,7 +106,9 @@ def play(run: Path, samples: int, seed: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m view play", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument("--samples", type=int, default=3, help="sampled answers besides the most likely one")
     parser.add_argument("--seed", type=int, default=0)
@@ -115,7 +119,3 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-if __name__ == "__main__":
-    main()

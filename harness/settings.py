@@ -1,4 +1,4 @@
-"""The settings of a run: what there is, what is allowed, and where the values come from.
+"""The settings of a run: what there is, what is allowed, and where the values come from. Imports no torch.
 
 `Config` has one field for each, with a sentence that `python grpo.py --help` shows. `parse_config` fills it from the
 command line, the environment and YAML files.
@@ -16,15 +16,13 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
 
-HERE = Path(__file__).resolve().parent
+from tasks import UsageError
+
+HERE = Path(__file__).resolve().parents[1]  # the folder of grpo.py
 MAX_LOGP_GAP = 0.05  # mean difference in log-prob of sampler and trainer: rounding is below 0.02, also in bf16
 REFLECTION_WORDS = ["wait", "hmm", "let me (?:re)?check", "double[- ]check", "verify", "recheck", "try again"]
 REFLECTION_WORDS += ["re-?evaluate"]
 PRESET = HERE / "configs" / "arithmetic.yaml"  # what the plain command runs
-
-
-class UsageError(Exception):
-    """Something a person has to change: shown as one line, without a traceback."""
 
 
 class Sampling(NamedTuple):
@@ -34,6 +32,15 @@ class Sampling(NamedTuple):
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+
+
+class Sample(NamedTuple):
+    """What a sampler returns for each completion. The ids end with the end-of-sequence token, if the model wrote it."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    logps: list[float]  # of each completion token, under the distribution that was sampled from
+    truncated: bool  # cut off at max_tokens
 
 
 @dataclass
@@ -227,12 +234,12 @@ class Config:
 
     @property
     def drops_dead_groups(self) -> bool:
-        return self.dead_groups_teach_nothing if self.dead_groups == "auto" else self.dead_groups != "keep"
+        return not self.loss_is_regularised if self.dead_groups == "auto" else self.dead_groups != "keep"
 
     @property
-    def dead_groups_teach_nothing(self) -> bool:
-        """An advantage of 0 has no gradient, but a penalty or a bonus in the loss has."""
-        return self.entropy_coef == 0 and (self.kl_coef == 0 or self.kl_in == "reward")
+    def loss_is_regularised(self) -> bool:
+        """Whether the loss has a KL penalty or an entropy bonus, which have a gradient where the advantage is 0 too."""
+        return self.entropy_coef != 0 or (self.kl_coef != 0 and self.kl_in == "loss")
 
     @property
     def sampling(self) -> "Sampling":

@@ -7,6 +7,7 @@ Processes may not lose step: whatever they do together (a gather, a pass through
 of them do equally often.
 """
 
+import copy
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +18,11 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def own_seed(seed: int) -> int:
+    """What this process draws with, so that no two of them draw alike; the first one's is `seed` itself."""
+    return seed + 7_368_787 * PartialState().process_index
 
 
 def share(items: list) -> list:
@@ -64,6 +70,17 @@ def whole_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """The names and weights of a model, one whole weight at a time."""
     for name, parameter in model.named_parameters():
         yield name, whole(parameter.detach())
+
+
+@torch.no_grad()
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    for p, (_, weight) in zip(target.parameters(), whole_weights(source), strict=True):
+        p.copy_(weight)
+
+
+def samplable(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """A model that this process can sample from alone: a copy, where FSDP is going to spread `model` over processes."""
+    return copy.deepcopy(model).to(accelerator.device) if accelerator.is_fsdp2 else model
 
 
 def holds_gradients(accelerator: Accelerator, policy: nn.Module, last: bool):

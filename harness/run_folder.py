@@ -1,4 +1,4 @@
-"""What a run leaves behind, in its folder, and what a person sees of it in the terminal."""
+"""What a run leaves behind: the files of its folder, each written whole or not at all, and how to go on from them."""
 
 import csv
 import dataclasses
@@ -6,15 +6,11 @@ import hashlib
 import io
 import itertools
 import json
-import math
 import os
 import re
 import shutil
-import signal
-import sys
-import threading
+import time
 import zlib
-from collections import Counter
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import fmean
@@ -24,13 +20,12 @@ import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 
-import parallel
-from model_card import model_card
-from optimizers import load_moments, packed_moments
-from settings import CHANGEABLE_ON_RESUME, MAX_LOGP_GAP, Config, UsageError
-from trackers import Trackers
+from harness import parallel
+from harness.model_card import model_card
+from harness.optimizers import load_moments, packed_moments
+from harness.settings import CHANGEABLE_ON_RESUME, Config, UsageError
+from harness.trackers import Trackers
 
 
 class RunFolder:
@@ -43,6 +38,7 @@ class RunFolder:
 
     def __init__(self, path: Path, writes: bool = True):
         self.path, self.writes, self.engine = path, writes, None  # DeepSpeed's, which keeps the moments to itself
+        self.evaluations: list[dict] = []  # the rows of eval.jsonl, once the run has started
 
     @classmethod
     def create(cls, config: Config, writes: bool = True) -> "RunFolder":
@@ -93,6 +89,7 @@ class RunFolder:
     def start(self, config: Config, step: int) -> None:
         """Called once everything is checked and loaded; `step` is the one that the run goes on from."""
         self.write_config(config)
+        self.config, self.evaluations = config, self.read("eval.jsonl")
         self.trackers = Trackers(config if self.writes else dataclasses.replace(config, report_to=""), self.path, step)
 
     def append(self, name: str, rows: list[dict]) -> None:
@@ -120,6 +117,7 @@ class RunFolder:
 
     def log_evaluation(self, row: dict, details: list[dict]) -> None:
         self.append("eval.jsonl", [row])
+        self.evaluations.append(row)
         self.write_whole(f"eval-{row['step']}.jsonl", "".join(map(as_line, details)))
         self.trackers.log(row, prefix="eval/")
 
@@ -157,7 +155,13 @@ class RunFolder:
         for old in self.checkpoints()[:-keep_last]:
             shutil.rmtree(old)
 
-    def save_final(self, model, tokenizer, optimizer, config: Config, evaluations: list[dict]) -> Path:
+    def close(self, started: float, tokens: int) -> dict[str, Any]:
+        """Ends the trackers; returns what `train` does: first and last evaluation, seconds, tokens, the path."""
+        self.trackers.finish()
+        first, last = (self.evaluations[0], self.evaluations[-1]) if self.evaluations else (None, None)
+        return dict(first=first, last=last, seconds=round(time.time() - started, 1), tokens=tokens, run=self.path)
+
+    def save_final(self, model, tokenizer, optimizer) -> Path:
         """final/: the model as a Hugging Face folder, for from_pretrained and vLLM, with its model card."""
         partial, final = self.path / ".partial", self.path / "final"
         weights = whole_weights(model, optimizer)
@@ -168,7 +172,7 @@ class RunFolder:
             model.save_pretrained(partial, state_dict=weights)
             tokenizer.save_pretrained(partial)
             shutil.copy(self.plot(), partial / "curves.png")
-            card = model_card(config, model.config.model_type, evaluations, self.read("metrics.jsonl"))
+            card = model_card(self.config, model.config.model_type, self.evaluations, self.read("metrics.jsonl"))
             (partial / "README.md").write_text(card)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
@@ -185,6 +189,10 @@ class RunFolder:
         """Those of this run, the oldest first. Whatever else a person calls `checkpoint-...` is not one of them."""
         found = [path for path in self.path.glob("checkpoint-*") if re.fullmatch("checkpoint-[0-9]+", path.name)]
         return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+    def has_checkpoint(self, step: int) -> bool:
+        """As the main process sees it, so that all processes agree."""
+        return parallel.of_main_process(self.path / f"checkpoint-{step}" in self.checkpoints())
 
     def newest_whole(self, steps: int) -> Path | None:
         """The newest checkpoint that is as it was written; newer ones are named. None if there was none yet.
@@ -305,200 +313,3 @@ def checksum(path: Path) -> int:
         while block := file.read(1 << 24):
             value = zlib.crc32(block, value)
     return value
-
-
-class Alarms:
-    """Asked after each step, says once what a person should know about a run that goes wrong, and what to try."""
-
-    # symptom, after how many steps in a row, what to say
-    SYMPTOMS = (
-        (lambda row: row["zero_advantage_groups"] == 1, 10,
-         "all groups have been dead for 10 steps: nothing is learned. All wrong: the policy has collapsed (go back to "
-         "a checkpoint, with a lower lr), or the problems are too hard. All right: too easy. Right or wrong by prompt: "
-         "a group's answers are all alike (temperature too low, top_k, top_p)"),
-        (lambda row: row["truncated"] == 1, 10,
-         "all completions have been cut off for 10 steps: raise max_completion_tokens, pay less for long answers "
-         "(overlong_share), or, if the text is gibberish, go back to a checkpoint with a lower lr"),
-        (lambda row: (row["kl_ref"] or 0) > 1, 3,
-         "the policy is far from the reference, kl_ref has been over 1 for 3 steps: lower lr, or raise kl_coef"),
-        (lambda row: (row["sampler_logp_gap"] or 0) > MAX_LOGP_GAP, 1,
-         "the sampler's log-probs differ from the trainer's by more than rounding (sampler_logp_gap): are its weights "
-         "stale? Try --sampler torch, or correct for it with --old_logps trainer --importance_cap 2"),
-    )  # fmt: skip
-    NOT_FINITE = 3  # steps in a row
-
-    def __init__(self, updates: int):
-        self.updates, self.counts = updates, Counter()  # optimizer steps in a step
-
-    def __call__(self, row: dict) -> list[str]:
-        """The warnings of this step; a UsageError where going on makes no sense."""
-        warnings = []
-        for i, (shows, patience, text) in enumerate(self.SYMPTOMS):
-            self.counts[i] = self.counts[i] + 1 if shows(row) or self.counts[i] >= patience else 0
-            if self.counts[i] == patience:
-                warnings.append(text)
-        none_was_good = row["nonfinite_updates"] and row["nonfinite_updates"] + row["skipped_updates"] == self.updates
-        self.counts["nonfinite"] = self.counts["nonfinite"] + 1 if none_was_good else 0
-        if self.counts["nonfinite"] == self.NOT_FINITE:
-            raise UsageError(
-                f"the gradient was not finite in {self.NOT_FINITE} steps in a row, up to step {row['step']}: no weight "
-                "was changed in them, every completion is in rollouts.jsonl. Go back to a checkpoint, and try a lower "
-                "lr, or --precision fp32"
-            )
-        return warnings
-
-
-@contextmanager
-def time_limit(seconds: float):
-    """Raises TimeoutError in the body after so many seconds; 0 is no limit. For Python code in the main thread."""
-    if not seconds or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number, frame):
-        raise TimeoutError(f"it took longer than {seconds:g} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def printable(text: str, limit: int = 160) -> str:
-    """One line; control characters, which a terminal would obey, as escapes. Of a longer text only `limit` characters
-    are shown, those of its beginning and its end."""
-    if (left_out := len(text) - limit) > 0:
-        text = f"{text[: limit // 2]} ... {left_out:,} characters ... {text[limit // 2 + left_out :]}"
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a share seen in n trials (Wilson's, sound near 0 and 1 too)."""
-    center = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    # rounding would leave a share of 0 or 1 outside
-    return max(0.0, min(center - half, share)), min(1.0, max(center + half, share))
-
-
-def clustered_interval(shares: list[float], z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of the mean of per-prompt shares: the prompts are the sample, not their completions."""
-    half = z * torch.tensor(shares).std().item() / math.sqrt(len(shares)) if len(shares) > 1 else 1.0
-    return max(0.0, fmean(shares) - half), min(1.0, fmean(shares) + half)
-
-
-def evaluation_table(rows: list[dict]) -> str:
-    """The evaluations side by side: one, or before and after."""
-
-    def interval(row: dict, key: str) -> str:
-        return f"{row[key]:.1%} [{100 * row[key + '_low']:.1f}, {100 * row[key + '_high']:.1f}]"
-
-    k = max(rows[0]["pass_at_k"], key=int)
-    lines = {
-        "": [f"after {row['step']} steps" if row["step"] else "before" for row in rows],
-        "greedy accuracy": [interval(row, "accuracy") for row in rows],
-        "sampled accuracy": [interval(row, "accuracy_sampled") for row in rows],
-        f"pass@{k}": [f"{row['pass_at_k'][k]:.1%}" for row in rows],
-        "length, tokens": [f"{row['length']:.1f}" for row in rows],
-        "truncated": [f"{row['truncated']:.1%}" for row in rows],
-        "worked answers": [f"{row['worked']:.1%}" for row in rows if "worked" in row],
-        "made to show steps": [f"{row['accuracy_worked']:.1%} right" for row in rows if "accuracy_worked" in row],
-    }
-    return "\n".join(f"  {name:18}" + "".join(f"{v:>22}" for v in values) for name, values in lines.items() if values)
-
-
-def verdict(row: dict) -> str:
-    """Will it learn? A forecast from the first evaluation, before hours are spent.
-
-    GRPO learns from groups that disagree. The thresholds are a judgement from small models: the shipped base, with 37 %
-    dead groups, learns in a minute; a base in which three groups of four were dead learned nothing in 120 steps.
-    """
-    k, dead, pass_1 = max(map(int, row["pass_at_k"])), row["zero_advantage_groups"], row["pass_at_k"]["1"]
-    if k < 4:
-        return "will it learn? eval_samples of 4 or more are needed to tell"
-    gain = row["pass_at_k"][str(k)] - pass_1
-    advice = [
-        (row["truncated"] > 0.3, "many completions are cut off: raise max_completion_tokens"),
-        (row["format"] < 0.2, "few completions have the right form: change the prompt, or pay for the form"),
-        (pass_1 > 0.9, "the problems are too easy, little is left to learn"),
-        (pass_1 <= 0.9 and (dead > 0.75 or gain < 0.1), "too few groups disagree: take easier (or harder) problems, a "
-         "larger group_size, a reward with partial credit, or a better model"),
-    ]  # fmt: skip
-    found = [text for holds, text in advice if holds]
-    answer = "yes" if dead <= 0.5 and gain >= 0.25 else "perhaps, slowly; a larger group_size leaves fewer dead groups"
-    facts = f"groups of {k}: {dead:.0%} dead, pass@1 {pass_1:.0%}, pass@{k} {pass_1 + gain:.0%}"
-    return f"will it learn? {'unlikely: ' + '; '.join(found) if found else answer} ({facts})"
-
-
-def show_groups(step: int, rollouts: list, group_size: int, limit: int = 200) -> None:
-    """Two whole groups, of mixed rewards if there are such, question first; longer answers are folded to `limit`."""
-    groups = [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
-    for group in sorted(groups, key=lambda group: len({r.reward for r in group}) == 1)[:2]:
-        right = sum(bool(r.parts["correct"]) for r in group)
-        lines = [f"step {step}, {right} of {group_size} right: {printable(group[0].prompt, 2000)}"]
-        for i, r in enumerate(group, 1):
-            mark = "right" if r.parts["correct"] else "     "
-            cut = " (cut off)" if r.truncated else ""
-            paid = f"reward {r.reward:5.2f} advantage {r.advantage:+5.2f}"
-            lines.append(f"  {i:2} {mark} {paid}  {printable(r.text, limit)}{cut}")
-        tqdm.write("\n".join(lines))
-
-
-def show_group(rollouts: list, weights: list[float], tokenizer, group_size: int) -> None:
-    """One whole group, of mixed rewards if there is one: reward, advantage, weight of each token, tokens."""
-    first = next((i for i, r in enumerate(rollouts) if not r.dead), 0) // group_size * group_size
-    print(f"one group, the completions of {printable(rollouts[first].prompt, 2000)}")
-    print("  (weight: of each of its tokens in the loss)\n  reward advantage    weight length  tokens")
-    for r, weight in list(zip(rollouts, weights, strict=True))[first : first + group_size]:
-        tokens = printable(" ".join(tokenizer.convert_ids_to_tokens(r.completion_ids)), 2000)
-        print(f"  {r.reward:6.2f} {r.advantage:+9.3f} {weight:9.2e} {r.length:6d}  {tokens}")
-
-
-def announce(config: Config, path: Path, model, accelerator, checkpoint: Path | None) -> None:
-    """The first lines of a run."""
-    n, kind = accelerator.num_processes, accelerator.distributed_type.value.removeprefix("MULTI_").lower()
-    device = f"{n} processes ({kind}) on {accelerator.device.type}" if n > 1 else accelerator.device
-    print(
-        f"GRPO: {config.model} ({sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters) on {config.task}, "
-        f"{config.steps} steps of {config.prompts_per_step} prompts x {config.group_size} completions, "
-        f"lr {config.lr:g}, on {device}. {config.about if config.steps else ''}\nrun folder: {path}"
-    )
-    if checkpoint:
-        print(f"going on from {checkpoint}")
-    if config.uses_trainer_logps:
-        print("the ratio is taken against log-probs of the trainer: one more forward pass a step")
-    if config.drops_dead_groups and (config.entropy_coef or (config.kl_coef > 0 and config.kl_in == "loss")):
-        print("dead groups are dropped although the loss has a KL penalty or an entropy bonus: they will not have it")
-
-
-@contextmanager
-def finish_step_on_signal():
-    """Ctrl-C and SIGTERM set the event, so that the step is finished and saved; a second Ctrl-C stops at once."""
-    stop = threading.Event()
-
-    def on_signal(number, frame):
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-        tqdm.write("stopping: this step is finished and saved first (once more to stop at once)")
-
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield stop
-        return
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def peak_memory(device: torch.device) -> float:
-    """Most memory used so far, in GB: of the GPU, or of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9

@@ -1,4 +1,4 @@
-"""A key-value cache for sampling, of which neither a new token nor a row that ends nor the attention costs a copy."""
+"""A key-value cache for sampling that is not copied: not for a new token, not for a row that ends, not by attention."""
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,17 @@ def make_room(cache) -> None:
     """Lets the cache of a model grow in place. Models with other kinds of memory keep their own."""
     if type(cache) is DynamicCache:
         cache.layers = [GrowingLayer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+
+
+def close_gaps(stopped: torch.Tensor) -> torch.Tensor:
+    """Which rows [left] stand where, once those of `stopped` [rows] have left: `abcde` without b and d is `aec`.
+
+    Rows from the end take the places of those that left; all others stay, so that little of a cache is copied.
+    """
+    left = len(stopped) - int(stopped.sum())
+    rows = torch.arange(left, device=stopped.device)
+    rows[stopped[:left]] = left + (~stopped[left:]).nonzero()[:, 0]
+    return rows
 
 
 class GrowingLayer(DynamicLayer):

@@ -1,7 +1,8 @@
 """Sends the metrics of a run to TensorBoard, Weights & Biases or trackio, through accelerate's trackers.
 
-None by default: everything is in the run's folder anyway, and report.py shows it. `--report_to tensorboard,wandb` names
-several. Their own environment variables hold (WANDB_PROJECT, WANDB_NAME, WANDB_MODE=offline, TRACKIO_SPACE_ID, ...).
+None by default: everything is in the run's folder anyway, and `python -m view report` shows it. `--report_to
+tensorboard,wandb` names several. Their own environment variables hold (WANDB_PROJECT, WANDB_NAME, WANDB_MODE=offline,
+TRACKIO_SPACE_ID, ...).
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-from settings import Config, UsageError
+from harness.settings import Config, UsageError
 
 NAMES = ("tensorboard", "wandb", "trackio")
 COLUMNS = ("step", "prompt", "completion", "reward", "advantage", "length", "truncated")

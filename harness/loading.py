@@ -1,11 +1,10 @@
 """From names to things: the task, the model with its tokenizer, the device; each checked before any long work."""
 
-import inspect
 import json
 import os
-import runpy
 import sys
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,54 +23,58 @@ from accelerate.utils import (
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
 
-import trackers
-from run_folder import time_limit
-from settings import HERE, MAX_LOGP_GAP, Config, Sampling, UsageError
+from harness import memory, trackers
+from harness.prompts import Problem, evaluation_problems
+from harness.run_folder import RunFolder
+from harness.settings import HERE, Config, UsageError
+from tasks import load_task
 
 SINGLE_THREADED = 250_000  # models with fewer parameters run on one thread
-TASKS = {"arithmetic": "mathformer:ArithmeticTask", "countdown": "tasks:Countdown"}
-TASKS |= {"gsm8k": "tasks:GSM8K", "math": "tasks:Math"}
 
 
-def load_task(name: str, task_args: dict[str, Any], reward_seconds: float = 0.0):
-    """The task called `name`: built-in, `module:Class`, or `path/to/file.py:Class`; its rewards limited in time.
+@dataclass
+class Run:
+    """The parts of a run: first those that `load` gives, then those that `grpo.setup` makes from them."""
+
+    accelerator: Accelerator
+    task: Any
+    source: str  # the folder or name that the model comes from
+    model: nn.Module
+    tokenizer: Any
+    problems: list[Problem]  # of the evaluation
+    eos_ids: list[int]
+    sampler_name: str  # vllm or torch
+    folder: RunFolder | None  # at first only in a run that goes on
+    checkpoint: Path | None  # from which it goes on
+
+    policy: nn.Module | None = None  # grpo.Policy around the model, in whatever accelerate wraps it in
+    optimizer: torch.optim.Optimizer | None = None
+    sampler: Any = None
+    reference: nn.Module | None = None  # grpo.Policy around the model of the start, where the KL needs it
+    state: dict = field(default_factory=dict)  # step, tokens, kl_coef: from where a resumed run goes on
+
+
+def load(config: Config) -> Run:
+    """All that the settings name, checked before any long work and before a folder is made.
 
     Raises:
-        UsageError: there is no such task, or it does not take these arguments.
+        UsageError: something is not there, or does not go with the rest.
     """
-    where, _, class_name = TASKS.get(name, name).rpartition(":")
-    if not where:
-        known = ", ".join(TASKS)
-        raise UsageError(f"unknown task {name!r}; built in: {known}; your own: module:Class or path/to/file.py:Class")
-    try:
-        if where.endswith(".py"):
-            sys.path.insert(0, str(Path(where).parent))  # so that the file can import its neighbours
-            found = runpy.run_path(where)
-        else:
-            found = vars(import_module(where))
-    except Exception as error:  # anyone's code may be in there
-        raise UsageError(f"task {name!r} cannot be imported: {type(error).__name__}: {error}") from error
-    if class_name not in found:
-        raise UsageError(f"task {name!r}: {where} has no class {class_name}")
-    try:
-        task = found[class_name](**task_args)
-    except Exception as error:
-        raise UsageError(f"task {name!r}: {error}; its arguments: {inspect.signature(found[class_name])}") from error
-    if reward_seconds:
-        judge = task.reward
-
-        def reward(text: str, example: dict) -> dict:
-            try:
-                with time_limit(reward_seconds):
-                    return judge(text, example)
-            except TimeoutError:  # as of a program that does not end: it is no right answer
-                late = f"reward() took longer than {reward_seconds:g} s"
-                return dict(reward=0.0, correct=0.0, format=0.0, prediction=late, ground_truth="", timed_out=1.0)
-
-        task.reward = reward
-    return task
+    task = load_task(config.task, config.task_args, config.reward_seconds)
+    accelerator = make_accelerator(config)
+    folder = RunFolder(Path(config.resume), accelerator.is_main_process) if config.resume else None
+    checkpoint = folder.newest_whole(config.steps) if folder else None
+    name = str(checkpoint or config.model)
+    model_config = load_model_config(name, config.trust_remote_code)
+    check_window(model_config, config)
+    sampler = choose_sampler(config, model_config, accelerator.device)
+    memory.check_memory(model_config, config, accelerator, sampler == "vllm")
+    model, tokenizer = load_model(name, config.gradient_checkpointing, config.trust_remote_code)
+    limit_threads(model.eval())
+    problems, eos_ids = evaluation_problems(task, tokenizer, config), find_eos(model, tokenizer)
+    source = local_name(name)
+    return Run(accelerator, task, source, model, tokenizer, problems, eos_ids, sampler, folder, checkpoint)
 
 
 def local_name(name: str) -> str:
@@ -250,45 +253,9 @@ def choose_sampler(config: Config, model_config, device: torch.device) -> str:
 
 
 @torch.no_grad()
-def check_sampler(sampler, policy: nn.Module, prompts: list[list[int]], gap, config: Config) -> None:
-    """Proves that new weights reach a sampler with weights of its own, before the run depends on it.
-
-    Every weight is changed until the log-probs visibly are; then the sampler must follow; then the true weights go
-    back, and it must follow again. A sync that does nothing, forgets a layer or keeps a prefix cache does not pass.
-
-    Args:
-        prompts: token ids to sample from.
-        gap: from rollouts to the mean difference of their log-probs from those of `policy`.
-
-    Raises:
-        UsageError: it does not follow.
-    """
-    # as long as they may be: a prefix cache works on whole blocks of tokens
-    prompts = [(ids * config.max_prompt_tokens)[: config.max_prompt_tokens] for ids in prompts[:4]]
-    sampling = Sampling(min(16, config.max_completion_tokens), config.temperature)
-
-    def require_equal(when: str):
-        rollouts = sampler.generate(prompts, 2, sampling, config.seed)
-        if (found := gap(rollouts)) > MAX_LOGP_GAP:
-            raise UsageError(
-                f"{when}, vLLM's log-probs differ from the trainer's by {found:.3f} on average: it does not sample "
-                "from the policy that is trained. Use --sampler torch, and check that the versions in "
-                "requirements-gpu.txt are installed"
-            )
-        return rollouts
-
-    before = require_equal("at the start")
-    own = [p.to_local() if isinstance(p, DTensor) else p for p in policy.parameters()]  # the parts of this process
-    true = [p.detach().to("cpu", copy=True) for p in own]
-    generator = torch.Generator().manual_seed(config.seed)
-    scale = 0.05
-    while gap(before) < 0.5 and scale < 10:
-        for p, value in zip(own, true, strict=True):
-            p.copy_(value + scale * value.abs().mean() * torch.randn(value.shape, generator=generator))
-        scale *= 2
-    sampler.sync()
-    require_equal("after the weights were changed")
-    for p, value in zip(own, true, strict=True):
-        p.copy_(value)
-    sampler.sync()
-    require_equal("after the weights were set back")
+def check_logits(model: nn.Module, prompt: list[int], output_logits) -> None:
+    """Refuses models that change their logits behind the output head: `output_logits` would train other ones."""
+    ids = torch.tensor([prompt[:64]])
+    own, ours = model(ids).logits.float(), output_logits(model, model.base_model(ids).last_hidden_state)
+    if not torch.allclose(own, ours, atol=1e-2):
+        raise UsageError(f"{type(model).__name__} scales or caps its logits behind the output head: not supported yet")

@@ -1,0 +1,113 @@
+"""What a person sees of a run in the terminal: first lines, progress, groups of completions; and Ctrl-C."""
+
+import signal
+import threading
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+from harness import parallel
+from harness.metrics import Alarms, groups_of, is_dead
+from harness.settings import Config
+
+
+def printable(text: str, limit: int = 160) -> str:
+    """One line; control characters, which a terminal would obey, as escapes. Of a longer text only `limit` characters
+    are shown, those of its beginning and its end."""
+    if (left_out := len(text) - limit) > 0:
+        text = f"{text[: limit // 2]} ... {left_out:,} characters ... {text[limit // 2 + left_out :]}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def show_groups(step: int, rollouts: list, group_size: int, limit: int = 200) -> None:
+    """Two whole groups, of mixed rewards if there are such, question first; longer answers are folded to `limit`."""
+    for group in sorted(groups_of(rollouts, group_size), key=is_dead)[:2]:
+        right = sum(bool(r.parts["correct"]) for r in group)
+        lines = [f"step {step}, {right} of {group_size} right: {printable(group[0].prompt, 2000)}"]
+        for i, r in enumerate(group, 1):
+            mark = "right" if r.parts["correct"] else "     "
+            cut = " (cut off)" if r.truncated else ""
+            paid = f"reward {r.reward:5.2f} advantage {r.advantage:+5.2f}"
+            lines.append(f"  {i:2} {mark} {paid}  {printable(r.text, limit)}{cut}")
+        tqdm.write("\n".join(lines))
+
+
+def show_group(rollouts: list, weights: list[float], tokenizer, group_size: int) -> None:
+    """One whole group, of mixed rewards if there is one: reward, advantage, weight of each token, tokens."""
+    first = next((i for i, r in enumerate(rollouts) if not r.dead), 0) // group_size * group_size
+    print(f"one group, the completions of {printable(rollouts[first].prompt, 2000)}")
+    print("  (weight: of each of its tokens in the loss)\n  reward advantage    weight length  tokens")
+    for r, weight in list(zip(rollouts, weights, strict=True))[first : first + group_size]:
+        tokens = printable(" ".join(tokenizer.convert_ids_to_tokens(r.completion_ids)), 2000)
+        print(f"  {r.reward:6.2f} {r.advantage:+9.3f} {weight:9.2e} {r.length:6d}  {tokens}")
+
+
+def announce(config: Config, run) -> None:
+    """The first lines of a run, a `loading.Run`."""
+    accelerator, parameters = run.accelerator, sum(p.numel() for p in run.model.parameters())
+    n, kind = accelerator.num_processes, accelerator.distributed_type.value.removeprefix("MULTI_").lower()
+    device = f"{n} processes ({kind}) on {accelerator.device.type}" if n > 1 else accelerator.device
+    print(
+        f"GRPO: {config.model} ({parameters / 1e6:.2f} M parameters) on {config.task}, "
+        f"{config.steps} steps of {config.prompts_per_step} prompts x {config.group_size} completions, "
+        f"lr {config.lr:g}, on {device}. {config.about if config.steps else ''}\nrun folder: {run.folder.path}"
+    )
+    if run.checkpoint:
+        print(f"going on from {run.checkpoint}")
+    if config.uses_trainer_logps:
+        print("the ratio is taken against log-probs of the trainer: one more forward pass a step")
+    if config.drops_dead_groups and config.loss_is_regularised:
+        print("dead groups are dropped although the loss has a KL penalty or an entropy bonus: they will not have it")
+
+
+@contextmanager
+def finish_step_on_signal():
+    """Ctrl-C and SIGTERM set the event, so that the step is finished and saved; a second Ctrl-C stops at once."""
+    stop = threading.Event()
+
+    def on_signal(number, frame):
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        tqdm.write("stopping: this step is finished and saved first (once more to stop at once)")
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield stop
+        return
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Progress:
+    """The bar of a run, its alarms, and now and then two groups; `progress` makes it."""
+
+    def __init__(self, config: Config, step: int, shown: bool, stop: threading.Event):
+        self.config, self.stop, self.alarms = config, stop, Alarms(config.epochs * config.minibatches)
+        self.bar = tqdm(total=config.steps, initial=step, unit="step", dynamic_ncols=True, disable=not shown)
+
+    def stopping(self) -> bool:
+        """Whether somebody wants the run to stop: asked by all processes together."""
+        return parallel.any_process(self.stop.is_set())
+
+    def show(self, row: dict, rollouts: list) -> None:
+        """A step that is over. Raises UsageError where going on makes no sense."""
+        step, every = row["step"], self.config.print_groups
+        self.bar.update()
+        self.bar.set_postfix({key: f"{row[key]:.2f}" for key in ("reward", "length", "zero_advantage_groups")})
+        for warning in self.alarms(row):
+            tqdm.write(f"step {step}: {warning}")
+        if every and (step == 1 or step % every == 0):
+            show_groups(step, rollouts, self.config.group_size)
+
+
+@contextmanager
+def progress(config: Config, step: int, accelerator):
+    """The `Progress` of a run that goes on from `step`; a signal lets the step be finished."""
+    with finish_step_on_signal() as stop:
+        shown = Progress(config, step, bool(config.steps and accelerator.is_main_process), stop)
+        yield shown
+    shown.bar.close()

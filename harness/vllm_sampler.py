@@ -1,0 +1,152 @@
+"""Sampling with vLLM, which has weights of its own, and the proof that they follow those of the trainer."""
+
+import os
+import random
+from functools import partial
+from importlib import import_module
+
+import torch
+from accelerate import Accelerator, PartialState
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from harness import memory, parallel
+from harness.batching import logps_under
+from harness.metrics import average
+from harness.settings import MAX_LOGP_GAP, Config, Sample, Sampling, UsageError
+
+
+class VLLMSampler:
+    """Samples with vLLM, in this process. It has weights of its own, which `sync` replaces after each update."""
+
+    def __init__(self, folder: str, model: nn.Module, eos_ids: list[int], config: Config, bf16: bool):
+        # In this process: weights are then handed over by reference. Before the import, which reads it.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        import vllm
+
+        if model.config.model_type == "mathformer":
+            import_module("mathformer").register_with_vllm()
+        self.model, self.eos, self.params = model, eos_ids, vllm.SamplingParams
+        self.on_cpu, self.sleeps, self.asleep = not torch.cuda.is_available(), config.vllm_sleep, False
+        longest = config.max_prompt_tokens + config.max_completion_tokens + 32  # the evaluation may add a prefix
+        free, processes = memory.free_memory(next(model.parameters()).device), PartialState().num_processes
+        settings = dict(
+            dtype="bfloat16" if bf16 else "float32",
+            hf_overrides={"head_dtype": "float32"},  # logits in float32, as the trainer's are
+            max_model_len=min(longest, getattr(model.config, "max_position_embeddings", longest)),
+            kv_cache_memory_bytes=memory.vllm_cache_bytes(memory.Shape.of(model.config), config, bf16, free, processes),
+            gpu_memory_utilization=0.05,  # only checked against: the line above says what is taken
+            logprobs_mode="processed_logprobs",  # of the distribution that is sampled from, temperature included
+            generation_config="vllm",  # and not sampling settings that a model brings along
+            skip_tokenizer_init=True,  # token ids in, token ids out
+            trust_remote_code=config.trust_remote_code,
+            enforce_eager=self.on_cpu,
+            distributed_executor_backend="external_launcher" if processes > 1 else None,  # each on the GPU of its rank
+            enable_sleep_mode=config.vllm_sleep,
+            seed=config.seed,
+        )
+        try:
+            self.llm = vllm.LLM(folder, **settings)
+        except Exception as error:  # of many kinds: memory, architecture, a GPU that is not there
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UsageError(f"vLLM cannot run {folder}: {reason} (--sampler torch runs anywhere, slower)") from error
+
+    def generate(self, prompts: list[list[int]], group_size: int, sampling: Sampling, seed: int) -> list[Sample]:
+        """As `TorchSampler.generate`. Each request has a seed of its own, so that a resumed run samples the same."""
+        params = [
+            self.params(
+                n=group_size, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
+                max_tokens=sampling.max_tokens, logprobs=0, flat_logprobs=True, detokenize=False,
+                stop_token_ids=self.eos, seed=random.Random(f"{seed}/{i}").getrandbits(48),
+            )
+            for i in range(len(prompts))
+        ]  # fmt: skip
+        requests = [{"prompt_token_ids": ids} for ids in prompts]
+        return [
+            Sample(ids, list(c.token_ids), list(c.logprobs.logprobs), c.finish_reason == "length")
+            for ids, output in zip(prompts, self.llm.generate(requests, params, use_tqdm=False), strict=True)
+            for c in output.outputs
+        ]
+
+    def sleep(self) -> None:
+        """Gives back the memory of weights and cache, if the settings say so, until the next `sync`."""
+        if self.sleeps:
+            self.llm.sleep(level=2)  # 2: the weights are dropped, not kept on the CPU, since new ones will come
+            self.asleep = True
+
+    def sync(self) -> None:
+        """Gives vLLM the trainer's weights, and makes it forget what it has cached of prompts under the old ones."""
+        if self.asleep:
+            torch.cuda.empty_cache()  # what the update has used goes back to the card, which vLLM now takes from
+            self.llm.wake_up(["weights"])
+        weights = parallel.whole_weights(self.model)
+        self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=weights))
+        if self.on_cpu and self.model.config.tie_word_embeddings:
+            # vLLM's CPU build keeps the head in a packed copy, which the reload leaves as it was
+            self.llm.apply_model(lambda m: m.lm_head.quant_method.process_weights_after_loading(m.lm_head))
+        if self.asleep:
+            self.llm.wake_up(["kv_cache"])
+            self.asleep = False
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset its prefix cache: it would answer with keys of the old weights")
+
+
+def logp_gap(policy: nn.Module, accelerator: Accelerator, config: Config, samples: list[Sample]) -> float:
+    """Mean absolute difference of the sampler's log-probs and the policy's, over all tokens of all processes."""
+    samples = parallel.join(samples)
+    logps = logps_under(policy, samples, accelerator, config.tokens_per_microbatch)
+    return average(abs(a - b) for s, row in zip(samples, logps, strict=True) for a, b in zip(s.logps, row, strict=True))
+
+
+def proven_sampler(run, config: Config) -> VLLMSampler:
+    """A sampler for the parts of a `loading.Run`, with the trainer's weights, which are seen to reach it."""
+    bf16 = run.accelerator.mixed_precision == "bf16"
+    sampler = VLLMSampler(run.source, run.model, run.eos_ids, config, bf16)
+    sampler.sync()
+    check_sampler(sampler, run.policy, run.accelerator, [problem.ids for problem in run.problems], config)
+    return sampler
+
+
+@torch.no_grad()
+def check_sampler(
+    sampler, policy: nn.Module, accelerator: Accelerator, prompts: list[list[int]], config: Config
+) -> None:
+    """Proves that new weights reach a sampler with weights of its own, before the run depends on it.
+
+    Every weight is changed until the log-probs visibly are; then the sampler must follow; then the true weights go
+    back, and it must follow again. A sync that does nothing, forgets a layer or keeps a prefix cache does not pass.
+
+    Raises:
+        UsageError: it does not follow.
+    """
+    gap = partial(logp_gap, policy, accelerator, config)
+    # as long as they may be: a prefix cache works on whole blocks of tokens
+    prompts = [(ids * config.max_prompt_tokens)[: config.max_prompt_tokens] for ids in prompts[:4]]
+    sampling = Sampling(min(16, config.max_completion_tokens), config.temperature)
+
+    def require_equal(when: str):
+        samples = sampler.generate(prompts, 2, sampling, config.seed)
+        if (found := gap(samples)) > MAX_LOGP_GAP:
+            raise UsageError(
+                f"{when}, vLLM's log-probs differ from the trainer's by {found:.3f} on average: it does not sample "
+                "from the policy that is trained. Use --sampler torch, and check that the versions in "
+                "requirements-gpu.txt are installed"
+            )
+        return samples
+
+    before = require_equal("at the start")
+    own = [p.to_local() if isinstance(p, DTensor) else p for p in policy.parameters()]  # the parts of this process
+    true = [p.detach().to("cpu", copy=True) for p in own]
+    generator = torch.Generator().manual_seed(config.seed)
+    scale = 0.05
+    while gap(before) < 0.5 and scale < 10:
+        for p, value in zip(own, true, strict=True):
+            p.copy_(value + scale * value.abs().mean() * torch.randn(value.shape, generator=generator))
+        scale *= 2
+    sampler.sync()
+    require_equal("after the weights were changed")
+    for p, value in zip(own, true, strict=True):
+        p.copy_(value)
+    sampler.sync()
+    require_equal("after the weights were set back")

@@ -1,0 +1,52 @@
+"""What tasks read: the rows of data sets, and the text of prompt templates."""
+
+from pathlib import Path
+
+
+def load_rows(dataset: str, split: str, columns: list[str], subset: str | None = None):
+    """The rows of a data set, as a `datasets.Dataset`.
+
+    Args:
+        dataset: a JSON, JSON Lines or Parquet file, a folder of such files (of one split, or with the split's name in
+            the file names), or a name on the Hugging Face Hub.
+        split: train, test, ...; a single file has no splits and is taken whole.
+        columns: those that the task reads.
+        subset: the data set's configuration on the Hub.
+
+    Raises:
+        ValueError: it cannot be loaded, or lacks a column.
+    """
+    import datasets
+
+    path = Path(dataset)
+    try:
+        if path.is_file():
+            kind = "parquet" if path.suffix == ".parquet" else "json"
+            rows = datasets.load_dataset(kind, data_files=str(path), split="train")
+        else:
+            rows = datasets.load_dataset(dataset, subset, split=split)
+    except Exception as error:  # of many kinds: network, file system, format
+        raise ValueError(
+            f"the data set {dataset!r} (split {split}) cannot be loaded: {(str(error) or repr(error)).splitlines()[0]} "
+            "Give a name on the Hugging Face Hub, or a local folder or JSON or Parquet file"
+        ) from error
+    missing = [column for column in columns if column not in rows.column_names]
+    if missing:
+        found = ", ".join(rows.column_names)
+        raise ValueError(f"the data set {dataset!r} has no column {', '.join(missing)}; it has {found}")
+    return rows
+
+
+def read_template(name: str, known: dict[str, str], fields: tuple[str, ...]) -> str:
+    """A prompt's text: a known one by its name, a file's, or `name` itself; it must have all the fields."""
+    text = known.get(name)
+    if text is None:
+        is_file = len(name) < 1000 and Path(name).is_file()
+        text = Path(name).read_text() if is_file else name
+        missing = [field for field in fields if field not in text]
+        if missing:
+            raise ValueError(
+                f"prompt_template {name[:80]!r} has no {' and no '.join(missing)}; "
+                f"give {', '.join(known)}, or text or a file with {' and '.join(fields)}"
+            )
+    return text
