@@ -1,8 +1,8 @@
-"""Group Relative Policy Optimization (GRPO): the whole algorithm, to be read from top to bottom.
+"""Group Relative Policy Optimization (GRPO), the whole algorithm, from top to bottom.
 
 GRPO (DeepSeekMath, arXiv 2402.03300) improves a language model by trial and error, on problems
 whose answers a program can check. It is REINFORCE with two changes. The baseline is the mean
-reward of the other answers to the same prompt, so no value network is needed. And the ratio of
+reward of a group of answers to the same prompt, so there is no value network. And the ratio of
 new to old probability is clipped as in PPO, so that a batch can be used more than once. A step:
 
     1. draw P prompts, let the policy write G completions of each       TorchSampler.generate
@@ -13,15 +13,14 @@ new to old probability is clipped as in PPO, so that a batch can be used more th
     6. if wanted, add kl_coef * KL(policy || reference)                 kl_estimate
     7. sum over the tokens, one weight a row; backward, clip, AdamW     token_weights, update
 
-The paper also has a learned reward model, and renews its reference model now and then: both are
-left out. By default this file departs from the paper in four settings. Every token counts alike
-(DAPO's weights; the paper's: --loss_weight sequence). There is no KL penalty (--kl_coef 0.04).
-Each batch is used for one update (--epochs, --minibatches). The old log-probs are those that the
-sampler computed when it chose the tokens (--old_logps trainer computes them once more).
+The paper also has a learned reward model and renews its reference model: both are left out. By
+default four settings depart from the paper. All tokens weigh the same, as in DAPO (the paper:
+--loss_weight sequence). There is no KL penalty (--kl_coef 0.04). A batch is used for one update
+(--epochs, --minibatches). The old log-probs are those the sampler chose by (--old_logps trainer).
 
-Lines that you may want to change are marked `# GRPO:`. Other choices of advantage, ratio, loss,
-weight and KL are in variants.py. What a run needs besides the algorithm is in harness/: settings,
-loading, vLLM, several processes, evaluation, logs. What makes a class a task is in tasks/.
+Lines you may want to change are marked `# GRPO:`. Other advantages, ratios, losses and weights are
+in variants.py, what makes a class a task is in tasks/, and what a run needs besides the algorithm
+is in harness/: settings, loading, vLLM, several processes, evaluation, logs.
 
     python grpo.py                              arithmetic on a CPU, about a minute, no download
     python grpo.py --steps 0                    evaluate, show one group of completions, stop
@@ -40,14 +39,14 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-# Before torch is imported: what Apple's GPU lacks runs on the CPU, and a run repeats to the last digit.
+# Read when torch is imported: what Apple's GPU lacks runs on the CPU; a run repeats exactly.
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 os.environ.setdefault("MKL_CBWR", "AUTO")
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import variants
@@ -76,7 +75,7 @@ class Rollout:
     penalty: float = 0.0  # taken off the reward before it becomes an advantage
     advantage: float = 0.0
     dead: bool = False  # reward minus penalty is the same in the whole group
-    old_logps: list[float] | None = None  # under the policy before the update, if they were asked for
+    old_logps: list[float] | None = None  # the trainer's before the update, where asked for
     ref_logps: list[float] | None = None  # under the reference model, if there is one
 
     @property
@@ -84,10 +83,9 @@ class Rollout:
         return len(self.completion_ids)
 
 
-def output_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """Hidden states [..., D] to logits [..., V] in float32, whatever the precision of the model.
+def output_logits(model: nn.Module, hidden: Tensor) -> Tensor:
+    """Hidden states [..., D] to logits [..., V] in float32, in the sampler as in the trainer.
 
-    Sampler and trainer both use this, so that their log-probs come from the same arithmetic.
     Autocast is off: with it, a float32 product would come back as bf16, in 3 significant digits.
     """
     head = model.get_output_embeddings()
@@ -97,13 +95,13 @@ def output_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 
 
 class TorchSampler:
-    """Samples with the trainer's own model, on any device. harness/vllm_sampler.py is its fast twin.
+    """Samples with the trained model itself, on any device. VLLMSampler is its fast twin.
 
-    Each prompt goes through the model once, and its G completions share that key-value cache. A
-    row that is finished leaves the batch, so that a step costs only the tokens still to be written.
+    A prompt goes through the model once, and its G completions start from that key-value cache. A
+    finished row leaves the batch, so that a step costs only the rows that still go on.
     """
 
-    def __init__(self, model, eos_ids: list[int], sample_rows=256, autocast=nullcontext, source=None):
+    def __init__(self, model, eos_ids, sample_rows=256, autocast=nullcontext, source=None):
         self.model, self.source = kv_cache.share_keys(model), source or model
         self.sample_rows, self.autocast = sample_rows, autocast
         self.device = next(model.parameters()).device
@@ -111,10 +109,10 @@ class TorchSampler:
         self.generator = torch.Generator(self.device)  # its own: nothing else changes what is drawn
 
     def sleep(self) -> None:
-        """Is called before each update. There is nothing to free here."""
+        """Called before each update. There is no memory to give back here."""
 
     def sync(self) -> None:
-        """Is called after each update. Only a copy of the trained model (FSDP) has to follow it."""
+        """Called after each update. Only a copy of the trained model (with FSDP) has to follow."""
         if self.source is not self.model:
             parallel.copy_weights(self.source, self.model)
 
@@ -122,10 +120,7 @@ class TorchSampler:
     def generate(
         self, prompts: list[list[int]], group_size: int, sampling: Sampling, seed: int
     ) -> list[Sample]:
-        """`group_size` completions of each prompt; those of one prompt are neighbours.
-
-        The log-probs are those of the distribution sampled from, so with temperature and top_p.
-        """
+        """`group_size` completions of each prompt; those of one prompt are neighbours."""
         self.model.eval()
         self.generator.manual_seed(seed)
         at_once = max(1, self.sample_rows // group_size)
@@ -134,7 +129,7 @@ class TorchSampler:
             return [s for chunk in chunks for s in self._generate(chunk, group_size, *sampling)]
 
     def _generate(self, prompts, group_size, max_tokens, temperature, top_p, top_k) -> list[Sample]:
-        # Padding goes to the left, so that the last column holds the last token of every prompt.
+        # Padding on the left: the last column holds the last token of every prompt.
         longest = max(map(len, prompts))
         ids = [[0] * (longest - len(p)) + p for p in prompts]
         mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
@@ -180,7 +175,7 @@ class TorchSampler:
             for i, n in enumerate(lengths)
         ]
 
-    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, cache):
+    def _forward(self, ids: Tensor, mask: Tensor, cache):
         """Logits [B, V] after the last of `ids` [B, T]; `mask` [B, past + T] is 0 on padding."""
         at = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         out = self.model.base_model(
@@ -193,13 +188,13 @@ class TorchSampler:
 
 
 def complete(
-    sampler, tokenizer, task, problems: list[Problem], group_size: int, sampling: Sampling, seed: int,
-    prefix: str = "",
+    sampler, tokenizer, task, problems: list[Problem], group_size: int, sampling: Sampling,
+    seed: int, prefix: str = "",
 ) -> list[Rollout]:  # fmt: skip
     """`group_size` judged completions of each problem; those of one problem are neighbours.
 
-    `prefix` is put between prompt and completion, and judged with it. Where there are several
-    processes, each samples and judges its share of the problems, and all get all rollouts.
+    `prefix` goes between prompt and completion, and is judged with it. Each process samples and
+    judges its share of the problems, and gets the rollouts of all.
     """
     problems, seed = parallel.share(problems), parallel.own_seed(seed)
     behind = tokenizer(prefix, add_special_tokens=False)["input_ids"] if prefix else []
@@ -207,7 +202,7 @@ def complete(
     rollouts = [Rollout(*sample) for sample in samples]
     for i, r in enumerate(rollouts):
         problem = problems[i // group_size]
-        # Only the end-of-sequence token is cut off: a special token inside must stay visible.
+        # special tokens stay in the text, but for the end-of-sequence token
         written = tokenizer.decode(r.completion_ids if r.truncated else r.completion_ids[:-1])
         r.prompt, r.text = problem.prompt, getattr(task, "prefill", "") + prefix + written
         r.parts = judge(task, r.text, problem)
@@ -216,12 +211,12 @@ def complete(
 
 
 def collect(sampler, tokenizer, task, config: Config, step: int) -> tuple[list[Rollout], dict]:
-    """The rollouts of a step: P groups of G neighbours; and counts of what was drawn for them."""
+    """The rollouts of a step, P groups of G neighbours; and counts of what was drawn."""
     G = config.group_size
     counts = {"prompts_too_long": 0, "resampled_groups": 0, "step_tokens": 0}
 
     def draw(attempt: int, most: int) -> list[list[Rollout]]:
-        """`most` groups. The numbers of step and attempt seed the draw: a resumed run repeats it."""
+        """`most` groups. Step and attempt seed the draw, so that a resumed run repeats it."""
         problems, too_long = draw_prompts(task, tokenizer, config, step, attempt)
         seed = config.seed * 1_000_003 + step + 500_009 * attempt
         drawn = complete(sampler, tokenizer, task, problems[:most], G, config.sampling, seed)
@@ -230,8 +225,7 @@ def collect(sampler, tokenizer, task, config: Config, step: int) -> tuple[list[R
         return metrics.groups_of(drawn, G)
 
     groups = draw(0, config.prompts_per_step)
-    # GRPO: DAPO's dynamic sampling. Fresh groups take the places of those whose rewards are all
-    # equal, up to `resample_rounds` times, which is 0 unless dead_groups is `resample`.
+    # GRPO: DAPO's dynamic sampling, off by default: fresh groups for those of equal rewards
     for attempt in range(1, 1 + config.resample_rounds):
         dead = [i for i, group in enumerate(groups) if metrics.is_dead(group)]
         if not dead:
@@ -243,7 +237,7 @@ def collect(sampler, tokenizer, task, config: Config, step: int) -> tuple[list[R
 
 
 # GRPO: how much better an answer is than the others of its group. The group is its own baseline.
-def grpo_advantages(rewards: torch.Tensor, mean: torch.Tensor, eps: float) -> torch.Tensor:
+def grpo_advantages(rewards: Tensor, mean: Tensor, eps: float) -> Tensor:
     """(r - mean) / (std + eps), for rewards [P, G] and their group means [P, 1]."""
     return (rewards - mean) / (rewards.std(1, keepdim=True) + eps)
 
@@ -251,21 +245,21 @@ def grpo_advantages(rewards: torch.Tensor, mean: torch.Tensor, eps: float) -> to
 ADVANTAGES = {"grpo": grpo_advantages, **variants.ADVANTAGES}
 
 
-def dead_groups(rewards: torch.Tensor) -> torch.Tensor:
+def dead_groups(rewards: Tensor) -> Tensor:
     """[P, G] to [P]: whether all rewards of a group are equal, so that it teaches nothing."""
     return rewards.amax(1) == rewards.amin(1)
 
 
-def group_advantages(rewards: torch.Tensor, kind: str = "grpo", eps: float = 1e-4) -> torch.Tensor:
-    """Advantages [P, G] from rewards [P, G]: GRPO's own, section 4.1.2 of the paper, or a variant.
+def group_advantages(rewards: Tensor, kind: str = "grpo", eps: float = 1e-4) -> Tensor:
+    """Advantages [P, G] from rewards [P, G]: GRPO's own (section 4.1.2 of the paper) or a variant.
 
-    The std has G - 1 in the denominator; with G, as in some repositories, all advantages are
-    larger by sqrt(G / (G - 1)). A smaller eps, 1e-8, would turn rounding into advantages of 1.
+    The std has G - 1 in its denominator, not G as in some repositories. An eps of 1e-8 would turn
+    rounding errors into advantages of 1.
     """
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be [P, G] with G of 2 or more, not {list(rewards.shape)}")
     advantages = variants.pick(ADVANTAGES, kind)(rewards, rewards.mean(1, keepdim=True), eps)
-    # Exactly 0 in a dead group, where rounding could leave the mean a little off the rewards.
+    # exactly 0 in a dead group, although the mean may be a rounding error away from the rewards
     return advantages.masked_fill(dead_groups(rewards)[:, None], 0.0)
 
 
@@ -275,7 +269,7 @@ def assign_advantages(rollouts: list[Rollout], config: Config) -> None:
         limit, share = config.max_completion_tokens, config.overlong_share
         r.penalty = variants.overlong_penalty(r.length, limit, share)
         if config.kl_in == "reward":  # GRPO: the KL of the whole completion, by k1, off its reward
-            acted = r.old_logps if config.uses_trainer_logps else r.logps
+            acted = r.logps if r.old_logps is None else r.old_logps
             r.penalty += config.kl_coef * (sum(acted) - sum(r.ref_logps))
     rewards = torch.tensor([r.reward - r.penalty for r in rollouts], dtype=torch.float64)
     rewards = rewards.view(-1, config.group_size)  # [P, G]
@@ -289,10 +283,7 @@ def assign_advantages(rollouts: list[Rollout], config: Config) -> None:
 
 
 class Policy(nn.Module):
-    """Token ids to the log-probs of the completion tokens.
-
-    It is one module call, so that whatever wraps the module (data parallelism) wraps all of it.
-    """
+    """Token ids to log-probs, in one module call, so that data parallelism can wrap all of it."""
 
     CHUNK = memory.LOGITS_CHUNK  # tokens whose logits exist at the same time
 
@@ -302,19 +293,19 @@ class Policy(nn.Module):
         self._no_split_modules = model._no_split_modules  # the layers, which FSDP takes as units
 
     def forward(
-        self, ids: torch.Tensor, prompt_lengths: torch.Tensor, lengths: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, ids: Tensor, prompt_lengths: Tensor, lengths: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies, both [B, T] in float32, 0 behind the end of a row.
 
         Args:
-            ids: [B, L]. A row is a prompt, its completion, and padding of any value on the right.
+            ids: [B, L]. A row is a prompt, its completion, and padding of any value.
             prompt_lengths, lengths: [B], tokens of prompt and completion. T is the largest length.
 
-        There is no attention mask. Attention is causal, so no real token sees the padding behind it.
+        No attention mask is needed: no real token looks right, where the padding is.
         """
         hidden = self.model.base_model(ids, use_cache=False).last_hidden_state  # [B, L, D]
-        # Position j predicts token j + 1. The mask comes from lengths and never from token values:
-        # the padding token is often the end-of-sequence token, which must be trained.
+        # Position j predicts token j + 1. Masks come from lengths, not from token values: padding
+        # often is the end-of-sequence token, which must be trained.
         at = torch.arange(ids.shape[1] - 1, device=ids.device)
         first, end = prompt_lengths[:, None] - 1, (prompt_lengths + lengths)[:, None] - 1
         predicts = (at >= first) & (at < end)  # [B, L-1]
@@ -322,7 +313,7 @@ class Policy(nn.Module):
 
         logps, entropies = [], []
         for h, target in zip(hidden.split(self.CHUNK), targets.split(self.CHUNK), strict=True):
-            # The backward pass computes a chunk's logits again, so that they need not be kept.
+            # the backward pass computes a chunk's logits again, so they need not be kept
             logp, entropy = checkpoint(self._token_logps, h, target, use_reentrant=False)
             logps.append(logp)
             entropies.append(entropy)
@@ -331,36 +322,36 @@ class Policy(nn.Module):
         logps, entropies = torch.cat(logps), torch.cat(entropies)  # [N]
         return padded.masked_scatter(mask, logps), padded.masked_scatter(mask, entropies)
 
-    def _token_logps(self, hidden: torch.Tensor, targets: torch.Tensor):
-        # GRPO: the distribution that was sampled from has the temperature in it, so this one too
+    def _token_logps(self, hidden: Tensor, targets: Tensor):
+        # GRPO: with the temperature, as in the distribution that was sampled from
         distribution = (output_logits(self.model, hidden) / self.temperature).log_softmax(-1)
-        # without an entropy bonus, the entropy is a metric and needs no gradient
+        # without an entropy bonus, the entropy is only a metric
         with torch.set_grad_enabled(self.entropy_gradient and torch.is_grad_enabled()):
             entropy = -(distribution.exp() * distribution).sum(-1)
         return distribution.gather(1, targets[:, None])[:, 0], entropy
 
 
-def completion_mask(lengths: torch.Tensor) -> torch.Tensor:
+def completion_mask(lengths: Tensor) -> Tensor:
     """[B] to [B, T]: True on real tokens, the end-of-sequence token among them."""
     return torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
 
 
-def completion_logps(model, ids, prompt_lengths, lengths, temperature: float = 1.0) -> torch.Tensor:
+def completion_logps(model, ids, prompt_lengths, lengths, temperature: float = 1.0) -> Tensor:
     """Log-probs [B, T] of the completion tokens, for the arguments of `Policy.forward`."""
     return Policy(model, temperature)(ids, prompt_lengths, lengths)[0]
 
 
 # GRPO: one ratio a token
-def token_ratio(logps: torch.Tensor, old_logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def token_ratio(logps: Tensor, old_logps: Tensor, mask: Tensor) -> Tensor:
     return (logps - old_logps).exp()
 
 
-def clip(ratio, logps, advantages, clip_low: float, clip_high: float):
+def clip(ratio: Tensor, logps, advantages, clip_low, clip_high) -> tuple[Tensor, Tensor]:
     """-min(r * A, clamp(r, 1 - clip_low, 1 + clip_high) * A). PPO, arXiv 1707.06347, eq. 7."""
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    # GRPO: min, not max. It stops a token with A > 0 that has become more likely by clip_high, and
-    # one with A < 0 that has become less likely by clip_low. Those that went astray are pulled back.
+    # GRPO: min, not max. A token that went far in the direction of its advantage gets no gradient;
+    # one that went the other way keeps it.
     loss = -torch.min(unclipped, clipped)
     high = (ratio > 1 + clip_high) & (advantages > 0)
     low = (ratio < 1 - clip_low) & (advantages < 0)
@@ -372,19 +363,17 @@ SURROGATES = {"clip": clip, **variants.SURROGATES}
 
 
 def policy_loss(
-    logps: torch.Tensor, old_logps: torch.Tensor, advantages: torch.Tensor, clip_low: float = 0.2,
-    clip_high: float = 0.2, mask: torch.Tensor | None = None, ratio: str = "token", kind: str = "clip",
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    logps: Tensor, old_logps: Tensor, advantages: Tensor, clip_low=0.2, clip_high=0.2,
+    mask: Tensor | None = None, ratio="token", kind="clip",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The loss of each token [B, T], to be minimised, 0 outside the mask; and what was clipped.
 
     Args:
         logps, old_logps: [B, T], of the sampled tokens, now and when they were sampled.
         advantages: [B, 1] or [B, T].
         mask: [B, T], True on real tokens. None means that all are.
-        ratio, kind: GRPO's own ratio (`token`) and loss (`clip`), or those of a variant.
 
-    What was clipped [B, T] is 1 where the ratio was too high and -1 where it was too low, so that
-    the token has no gradient (with cispo: a smaller one), and 0 elsewhere.
+    What was clipped [B, T]: 1 where a ratio was too high, -1 where it was too low, 0 elsewhere.
     """
     mask = torch.ones_like(logps, dtype=torch.bool) if mask is None else mask
     r = variants.pick(RATIOS, ratio)(logps, old_logps, mask)
@@ -392,46 +381,47 @@ def policy_loss(
     return loss.masked_fill(~mask, 0.0), clipped.masked_fill(~mask, 0)
 
 
-def k3(d: torch.Tensor) -> torch.Tensor:
+def k3(d: Tensor) -> Tensor:
     """exp(-d) - 1 + d, for d = logp - ref_logp: unbiased and never negative (GRPO, eq. 4)."""
     return torch.expm1(-d) + d  # exp(-d) - 1 could round to less than 0
 
 
 KL_ESTIMATES = {"k3": k3, **variants.KL_ESTIMATES}
-# GRPO: k3 alone has the gradient of the KL the other way round. Times the ratio it is the right one.
+# GRPO: k3 alone has the gradient of KL(reference || policy). Times the ratio it is the right one.
 KL_FACTORS = {"k3": lambda ratio: ratio, **variants.KL_FACTORS}
 
 
-def kl_estimate(logps: torch.Tensor, ref_logps: torch.Tensor, kind: str = "k3") -> torch.Tensor:
+def kl_estimate(logps: Tensor, ref_logps: Tensor, kind: str = "k3") -> Tensor:
     """KL(policy || reference) at each token, estimated from the token that the policy sampled."""
     return variants.pick(KL_ESTIMATES, kind)(logps - ref_logps)
 
 
 # GRPO: what a token of a row weighs in the loss
-def same_for_all_tokens(lengths, total_tokens, total_rows, max_tokens) -> torch.Tensor:
+def same_for_all_tokens(lengths, total_tokens, total_rows, max_tokens) -> Tensor:
     """1 / total_tokens. DAPO, arXiv 2503.14476, section 3.3."""
     return torch.ones_like(lengths) / total_tokens
 
 
-def same_for_all_rows(lengths, total_tokens, total_rows, max_tokens) -> torch.Tensor:
+def same_for_all_rows(lengths, total_tokens, total_rows, max_tokens) -> Tensor:
     """1 / (total_rows * length). GRPO's own: tokens of long answers weigh less."""
     return 1 / (total_rows * lengths)
 
 
-TOKEN_WEIGHTS = {"token": same_for_all_tokens, "sequence": same_for_all_rows, **variants.TOKEN_WEIGHTS}
+TOKEN_WEIGHTS = {"token": same_for_all_tokens, "sequence": same_for_all_rows}
+TOKEN_WEIGHTS |= variants.TOKEN_WEIGHTS
 
 
 def token_weights(
-    lengths: torch.Tensor, kind: str = "token", max_tokens: int = 0, total_tokens: int | None = None,
+    lengths: Tensor, kind="token", max_tokens=0, total_tokens: int | None = None,
     total_rows: int | None = None,
-) -> torch.Tensor:  # fmt: skip
+) -> Tensor:  # fmt: skip
     """The weight [B] of each token of a row: loss = sum_i w_i * sum_t token_loss[i, t].
 
     Args:
         lengths: [B] completion lengths. A row of length 0 gets weight 0.
         max_tokens: max_completion_tokens, which `constant` needs.
-        total_tokens, total_rows: of the whole optimizer step, its dead groups too; None takes those
-            of `lengths`. Microbatches with totals of their own would make the split matter.
+        total_tokens, total_rows: of the whole optimizer step; None takes those of `lengths`. With
+            totals of its own for each microbatch, the loss would depend on the split.
     """
     total_tokens = int(lengths.sum()) if total_tokens is None else total_tokens
     total_rows = len(lengths) if total_rows is None else total_rows
@@ -444,7 +434,7 @@ def token_weights(
 
 
 def add_logps(name: str, policy, rollouts: list[Rollout], accelerator: Accelerator, config: Config):
-    """Sets `old_logps` or `ref_logps` of each rollout, from one pass without gradients."""
+    """Sets `old_logps` or `ref_logps` of each rollout, in a pass without gradients."""
     found = logps_under(policy, rollouts, accelerator, config.tokens_per_microbatch)
     for rollout, logps in zip(rollouts, found, strict=True):
         setattr(rollout, name, logps)
@@ -456,34 +446,33 @@ def update(
 ) -> dict[str, float | None]:  # fmt: skip
     """Trains on the rollouts of a step: `epochs` passes of `minibatches` optimizer steps each.
 
-    Advantages, old log-probs and reference log-probs stay as they are in all of these steps. Only
-    the log-probs of the policy are computed anew, in each. Returns metrics of the trained tokens.
+    Advantages, old and reference log-probs stay the same in all of these steps; the log-probs of
+    the policy are computed anew in each. Returns metrics of the trained tokens.
     """
     lr = optimizers.learning_rate(config, step)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    policy.train()  # gradient checkpointing needs it; dropout was set to 0 when the model was loaded
+    policy.train()  # for gradient checkpointing; all dropout was set to 0 at loading
     order, figures = random.Random(f"{config.seed}/{step}/minibatches"), metrics.UpdateFigures()
     size = len(rollouts) // config.minibatches
     for _ in range(config.epochs):
         rows = order.sample(rollouts, len(rollouts))  # shuffled
         for i in range(0, len(rows), size):
-            norm = optimizer_step(policy, optimizer, accelerator, rows[i : i + size], config, figures)
-            figures.add_step(norm)
+            minibatch = rows[i : i + size]
+            optimizer_step(policy, optimizer, accelerator, minibatch, config, figures)
     return figures.metrics(config, lr)
 
 
 def optimizer_step(
     policy: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator,
     rows: list[Rollout], config: Config, figures: metrics.UpdateFigures,
-) -> float | None:  # fmt: skip
-    """One step on these rows. Returns the norm of the gradient, None if no row teaches anything."""
-    # GRPO: what is masked is in no total, as if it had not been sampled.
+) -> None:  # fmt: skip
+    # GRPO: what is masked counts in no total, as if it had not been sampled
     rows = [r for r in rows if not (r.truncated and config.mask_truncated)]
     totals = sum(r.length for r in rows), len(rows)
-    # GRPO: a dead group has advantage 0. Unless the loss has a KL penalty or an entropy bonus, it
-    # has no gradient, and is spared both passes. It stays in the totals: otherwise the other rows
-    # would weigh more, which is a higher learning rate.
+    # GRPO: a dead group has advantage 0, and so, without a KL penalty or an entropy bonus in the
+    # loss, no gradient: it needs no pass through the model. It still counts in the totals, or the
+    # other rows would weigh more, as with a higher learning rate.
     alive = [r for r in rows if not r.dead]
     teaches = bool(alive) or config.loss_is_regularised
     trained = alive if config.drops_dead_groups or not teaches else rows
@@ -498,29 +487,26 @@ def optimizer_step(
         if math.isfinite(norm):
             optimizer.step()
     optimizer.zero_grad()
-    return norm
+    figures.add_step(norm)
 
 
 def batch_loss(
     policy: nn.Module, batch: list[Rollout], config: Config, device: torch.device,
     total_tokens: int, total_rows: int, figures: metrics.UpdateFigures | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """What these rows add to the loss of an optimizer step with such totals."""
+) -> Tensor:  # fmt: skip
+    """What these rows add to the loss of an optimizer step with these totals: a scalar."""
     inputs = policy_inputs(batch, device)
     lengths, mask = inputs["lengths"], completion_mask(inputs["lengths"])  # [B], [B, T]
-    sampler_logps = pad([r.logps for r in batch], device)
-    # GRPO: the old policy is the one that acted, so its log-probs are those of the sampler.
-    old_logps = sampler_logps
+    # GRPO: the old policy is the one that acted, so the old log-probs are the sampler's
+    old_logps = sampler_logps = pad([r.logps for r in batch], device)
     if config.uses_trainer_logps:
         old_logps = pad([r.old_logps for r in batch], device)
     advantages = torch.tensor([[r.advantage] for r in batch], device=device)  # [B, 1]
 
     logps, entropy = policy(**inputs)  # [B, T], the only tensors with a gradient
-    loss, clipped = policy_loss(
-        logps, old_logps, advantages, config.clip_low, config.clip_high, mask, config.ratio,
-        config.surrogate,
-    )  # fmt: skip
-    if config.importance_cap:  # GRPO: truncated weights, where the sampler is not quite the policy
+    clips, kinds = (config.clip_low, config.clip_high), (config.ratio, config.surrogate)
+    loss, clipped = policy_loss(logps, old_logps, advantages, *clips, mask, *kinds)
+    if config.importance_cap:  # GRPO: truncated weights, for a sampler that is not quite the policy
         loss = loss * (old_logps - sampler_logps).exp().clamp(max=config.importance_cap)
     kl = torch.zeros_like(logps)
     if config.kl_coef > 0:
@@ -531,9 +517,8 @@ def batch_loss(
             loss = loss + config.kl_coef * (factor * kl)
     if config.entropy_coef:  # GRPO: a reward for being undecided
         loss = loss - config.entropy_coef * entropy
-    weights = token_weights(
-        lengths, config.loss_weight, config.max_completion_tokens, total_tokens, total_rows
-    )
+    limit = config.max_completion_tokens
+    weights = token_weights(lengths, config.loss_weight, limit, total_tokens, total_rows)  # [B]
     loss = (loss.sum(1) * weights).sum()
     if figures:
         figures.add_batch(loss, logps, old_logps, sampler_logps, kl, entropy, clipped, mask)
@@ -579,8 +564,9 @@ def train(config: Config) -> dict[str, Any]:
     answer = partial(complete, run.sampler, run.tokenizer, run.task)
 
     def save_checkpoint():
-        parts, state = (run.model, run.tokenizer, run.optimizer), (tokens, config.kl_coef)
-        folder.save_checkpoint(step, *parts, config.keep_last, tokens=state[0], kl_coef=state[1])
+        state = dict(tokens=tokens, kl_coef=config.kl_coef)
+        saved = run.model, run.tokenizer, run.optimizer
+        folder.save_checkpoint(step, *saved, config.keep_last, **state)
 
     with terminal.progress(config, step, accelerator) as progress:
         while not progress.stopping():
@@ -628,16 +614,12 @@ def train(config: Config) -> dict[str, Any]:
 
 
 def show_one_group(run: loading.Run, config: Config) -> None:
-    """What `--steps 0` ends with: the tokens of a group, their rewards, advantages and weights."""
+    """What `--steps 0` ends with: a group's tokens, rewards, advantages and weights."""
     rollouts, _ = collect(run.sampler, run.tokenizer, run.task, config, step=1)
     if run.reference is not None:
         add_logps("ref_logps", run.reference, rollouts, run.accelerator, config)
     assign_advantages(rollouts, config)
-    masked = [r.truncated and config.mask_truncated for r in rollouts]
-    lengths = torch.tensor([0 if m else r.length for m, r in zip(masked, rollouts, strict=True)])
-    limit, total_rows = config.max_completion_tokens, int((lengths > 0).sum())
-    weights = token_weights(lengths, config.loss_weight, limit, total_rows=total_rows)
-    terminal.show_group(rollouts, weights.tolist(), run.tokenizer, config.group_size)
+    terminal.show_group(rollouts, token_weights, run.tokenizer, config)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -645,7 +627,7 @@ def main(argv: list[str] | None = None) -> None:
         result = train(parse_config(sys.argv[1:] if argv is None else argv))
     except UsageError as error:
         sys.exit(f"error: {parallel.name_of_process()}{error}")
-    except KeyboardInterrupt:  # outside the steps, or a second time inside one
+    except KeyboardInterrupt:  # before the steps, or twice
         sys.exit(130)
     sys.exit(130 if result.get("interrupted") else 0)
 

@@ -74,8 +74,8 @@ def make_model(folder: Path, size: str = "2.8M") -> None:
 
 def ours(model: str, size: str, lengths: str, digits: int, steps: int) -> list[dict]:
     import grpo
-    import loading
-    from run_folder import RunFolder
+    from harness import loading
+    from harness.run_folder import RunFolder
 
     *_, prompts, tokens = WORK[size]
     if lengths == "fixed":

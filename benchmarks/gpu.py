@@ -137,7 +137,7 @@ def prepare(shape: str, folder: str, matmul_size: int) -> dict:
 
 def figures(shape: str, sampling, training, sync, lengths: list[int], trained: list[list[int]]) -> dict:
     """Of one step; `trained` are tokens of prompt and completion."""
-    import memory
+    from harness import memory
 
     s = memory.Shape.of(model_config(shape))
     body, head, attention = s.parameters - s.embeddings, s.vocabulary * s.hidden, s.layers * s.queries
@@ -149,8 +149,8 @@ def figures(shape: str, sampling, training, sync, lengths: list[int], trained: l
 
 def ours(shape: str, folder: str, steps: int, sampler: str) -> dict:
     import grpo
-    import memory
-    from run_folder import RunFolder
+    from harness import memory
+    from harness.run_folder import RunFolder
 
     tables, needs, w = [], memory.needs, WORK[shape]
     memory.needs = lambda *args: tables.append(needs(*args)) or tables[-1]  # the first is that of the run
@@ -180,7 +180,7 @@ def theirs(shape: str, folder: str, steps: int, sampler: str) -> dict:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
-    from run_folder import peak_memory
+    from harness.metrics import peak_memory
 
     on_gpu, w, rng, task, times = torch.cuda.is_available(), WORK[shape], random.Random(0), Digits(), []
     rows, longest = w["P"] * w["G"], MAX_PROMPT + w["longest"]

@@ -21,7 +21,7 @@ from arithmetic_seeds import ROOT
 
 sys.path.insert(0, str(ROOT))
 import grpo  # noqa: E402
-import loading  # noqa: E402
+from harness import loading  # noqa: E402
 from mathformer import ArithmeticTask, MathformerForCausalLM  # noqa: E402
 from mathformer.tokenizer import build_tokenizer  # noqa: E402
 from mathformer.train import PretrainConfig, batches, build_model  # noqa: E402

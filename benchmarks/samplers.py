@@ -3,7 +3,7 @@
     python benchmarks/samplers.py                                 in an environment that has vLLM
     python benchmarks/samplers.py --sizes 0.5B --out 0.5B.md      a model of the shape of Qwen2.5-0.5B
 
-`grpo.TorchSampler` and `grpo.VLLMSampler` with the same random weights in float32, prompts of 4 to 12 tokens, 8
+`grpo.TorchSampler` and `VLLMSampler` with the same random weights in float32, prompts of 4 to 12 tokens, 8
 completions of each. (vLLM shares a prompt in whole blocks, on a CPU of 128 tokens: it reads these 8 times.) `fixed`:
 no token ends a completion, all have the largest length. `ragged`: so many tokens end one that it has about a third of
 that. `0.2M` is the shipped small model with 2 heads of 32 in the place of 4 of 16, which vLLM's kernels for CPUs do
@@ -31,6 +31,8 @@ from arithmetic_seeds import ROOT
 from scaling import spread
 from step_time import origin
 from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from harness.vllm_sampler import VLLMSampler
 
 sys.path.insert(0, str(ROOT))
 WORK = {"toy": (2, 6), "0.2M": (32, 64), "2.8M": (32, 64), "30M": (32, 32), "121M": (8, 32), "0.5B": (2, 16)}
@@ -67,7 +69,7 @@ def work(kind: str, size: str, folder: str) -> None:
         model.save_pretrained(folder)
         lengths = dict(max_prompt_tokens=12, max_completion_tokens=tokens)
         config = grpo.Config(folder, "arithmetic", prompts_per_step=P, **lengths, device="cpu")
-        sampler = grpo.VLLMSampler(folder, model, [], config, bf16=False)
+        sampler = VLLMSampler(folder, model, [], config, bf16=False)
     rng, V = random.Random(0), model.config.vocab_size
     prompts = [rng.choices(range(V), k=rng.randint(4, 12)) for _ in range(P)]
     ends = {"fixed": [], "ragged": rng.sample(range(V), round(3 * V / tokens))}

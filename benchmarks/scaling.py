@@ -14,7 +14,7 @@ Padding: percent of the positions of all batches that hold no token; in brackets
 the rows of the first of the updates that `python grpo.py` makes in a step. `geometric`: 32 x 8 completions that end
 after each token with a probability of 1/250, and at 512; prompts of 50 to 150 tokens. `together`: all rows in one
 batch. `in order`: in the order in which they were sampled, as many to a batch as the budget allows if all were as long
-as the longest. `sorted`: `grpo.microbatches`. Writes results/scaling.md.
+as the longest. `sorted`: `microbatches`. Writes results/scaling.md.
 """
 
 import argparse
@@ -35,6 +35,9 @@ from against_trl import make_model
 from arithmetic_seeds import ROOT
 from step_time import origin
 
+from harness.batching import microbatches, row_tokens
+from harness.metrics import peak_memory
+
 sys.path.insert(0, str(ROOT))
 P, G, TOKENS, BUDGETS = 8, 8, 48, (2048, 8192, 16384)
 
@@ -48,19 +51,19 @@ def peak_of_live_tensors(profiler) -> int:
 def run(model: str, times: int, tiny: bool) -> dict:
     """One run; its last step is profiled, and not timed."""
     import grpo
-    import loading
+    from harness import loading
 
     steps, tokens = (2, 2) if tiny else (2 + 8 // times, TOKENS)
     update, found = grpo.update, {}
 
     def no_eos(model, tokenizer):  # when everything is loaded
-        found["before"] = grpo.run_folder.peak_memory(torch.device("cpu"))
+        found["before"] = peak_memory(torch.device("cpu"))
         return []
 
     def profiled_update(*args):
         if args[-1] < steps:
             return update(*args)
-        found["peak RSS, MB"] = 1000 * (grpo.run_folder.peak_memory(torch.device("cpu")) - found.pop("before"))
+        found["peak RSS, MB"] = 1000 * (peak_memory(torch.device("cpu")) - found.pop("before"))
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
             learned = update(*args)
         found["live tensors, MB"] = peak_of_live_tensors(profiler) / 1e6
@@ -107,25 +110,24 @@ def geometric_rows() -> list:
 
 
 def padding(batches: list[list]) -> str:
-    positions = sum(len(batch) * max(row.row_tokens for row in batch) for batch in batches)
-    tokens = sum(row.row_tokens for batch in batches for row in batch)
+    positions = sum(len(batch) * max(row_tokens(row) for row in batch) for batch in batches)
+    tokens = sum(row_tokens(row) for batch in batches for row in batch)
     return f"{100 * (1 - tokens / positions):.1f} ({len(batches)})"
 
 
 def padding_table(tiny: bool) -> list[str]:
-    import grpo
 
     heads = [f"{order}, {budget}" for budget in BUDGETS for order in ("in order", "sorted")]
     lines = [f"\n| rows of | rows | tokens a row | longest | together | {' | '.join(heads)} |", "| --- " * 11 + "|"]
     steps = trained_rows(1 if tiny else 50)
     named = {f"default run, step {i}": steps[i - 1] for i in (1, 25, 50) if i <= len(steps)}
     for name, rows in (named | {"geometric": geometric_rows()}).items():
-        longest = max(row.row_tokens for row in rows)
-        cells = [len(rows), f"{mean(row.row_tokens for row in rows):.1f}", longest, padding([rows])]
+        longest = max(row_tokens(row) for row in rows)
+        cells = [len(rows), f"{mean(row_tokens(row) for row in rows):.1f}", longest, padding([rows])]
         for budget in BUDGETS:
             n = max(1, budget // longest)
             cells.append(padding([rows[i : i + n] for i in range(0, len(rows), n)]))
-            cells.append(padding(grpo.microbatches(rows, budget)))
+            cells.append(padding(microbatches(rows, budget)))
         lines.append(f"| {name} | {' | '.join(map(str, cells))} |")
     return lines
 

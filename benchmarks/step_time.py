@@ -32,10 +32,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 sys.path.insert(0, str(ROOT))
 PARTS = {
-    "drawing prompts": ["grpo.draw_prompts"],
+    "drawing prompts": ["draw_prompts"],
     "sampling": ["grpo.TorchSampler.generate"],
     "decoding": ["grpo.complete"],
-    "scoring (the task's reward)": ["grpo.judge"],
+    "scoring (the task's reward)": ["judge"],
     "log-probs": ["grpo.Policy.forward"],
     "loss and its metrics": ["grpo.batch_loss"],
     "backward": ["accelerate.Accelerator.backward"],
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "step_time.md")
     options = parser.parse_args()
     import grpo
-    import loading
+    from harness import loading
 
     threads, watch, found = torch.get_num_threads(), Stopwatch(), {}
     for part, functions in PARTS.items():

@@ -23,12 +23,12 @@ import transformers
 from arithmetic_seeds import ROOT
 from mathformer_vs_bloom import bloom_of
 from step_time import origin
+
 from variants import run
 
 sys.path.insert(0, str(ROOT))
-import loading
-import memory
-from settings import parse_config
+from harness import loading, memory
+from harness.settings import parse_config
 
 TIERS = {
     "float32": [],

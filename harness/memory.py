@@ -2,8 +2,8 @@
 
 With N parameters, the trainer holds 4N bytes of float32 weights, 4N of gradients and 8N of AdamW's moments, or less
 with another `optimizer`; under bf16 autocast, 2N of bf16 copies of what is multiplied. What a token adds to a layer was
-read off the tensors that autograd keeps for Qwen2, Qwen3 and Llama. tests/test_memory.py compares that, and the whole
-of the training column with what an update really holds. What vLLM and CUDA take besides is an estimate.
+read off the tensors that autograd keeps for Qwen2, Qwen3 and Llama. tests/harness/test_memory.py compares that, and the
+whole of the training column with what an update really holds. What vLLM and CUDA take besides is an estimate.
 """
 
 import math

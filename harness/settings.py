@@ -42,6 +42,10 @@ class Sample(NamedTuple):
     logps: list[float]  # of each completion token, under the distribution that was sampled from
     truncated: bool  # cut off at max_tokens
 
+    @property
+    def length(self) -> int:
+        return len(self.completion_ids)
+
 
 @dataclass
 class Config:

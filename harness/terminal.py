@@ -4,6 +4,7 @@ import signal
 import threading
 from contextlib import contextmanager
 
+import torch
 from tqdm import tqdm
 
 from harness import parallel
@@ -32,8 +33,12 @@ def show_groups(step: int, rollouts: list, group_size: int, limit: int = 200) ->
         tqdm.write("\n".join(lines))
 
 
-def show_group(rollouts: list, weights: list[float], tokenizer, group_size: int) -> None:
+def show_group(rollouts: list, token_weights, tokenizer, config: Config) -> None:
     """One whole group, of mixed rewards if there is one: reward, advantage, weight of each token, tokens."""
+    group_size = config.group_size
+    lengths = torch.tensor([0 if r.truncated and config.mask_truncated else r.length for r in rollouts])
+    limit, total_rows = config.max_completion_tokens, int((lengths > 0).sum())
+    weights = token_weights(lengths, config.loss_weight, limit, total_rows=total_rows).tolist()
     first = next((i for i, r in enumerate(rollouts) if not r.dead), 0) // group_size * group_size
     print(f"one group, the completions of {printable(rollouts[first].prompt, 2000)}")
     print("  (weight: of each of its tokens in the loss)\n  reward advantage    weight length  tokens")

@@ -16,8 +16,8 @@ from tempfile import TemporaryDirectory
 import grpo
 from mathformer import ArithmeticTask
 from mathformer.task import is_true_equation
-from run_folder import RunFolder
-from settings import PRESET, Config, parse_config
+from harness.run_folder import RunFolder
+from harness.settings import PRESET, Config, parse_config
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "benchmarks" / "results" / "workshop.jsonl"

@@ -146,7 +146,7 @@ PITFALLS = [
 
 def setting(names: str, mistake: str, where: str, old: str, new: str) -> Mutant:
     """One that the real run of two steps with another value of one of these settings notices."""
-    return Mutant(mistake, where, old, new, ("tests/test_settings.py", "-k", " or ".join(names.split())))
+    return Mutant(mistake, where, old, new, ("tests/harness/test_settings.py", "-k", " or ".join(names.split())))
 
 
 def mutant(tests: str, mistake: str, where: str, old: str, new: str) -> Mutant:

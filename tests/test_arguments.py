@@ -25,11 +25,12 @@ from conftest import PRETRAINED, pass_flags
 from safetensors.torch import load_file
 
 import grpo
-import loading
-import play
-import report
 from mathformer import ArithmeticTask, evaluate, expressions, train, train_rl
-from tasks import GSM8K, Countdown, Math
+from tasks import load_task
+from tasks.competition_math import Math
+from tasks.countdown import Countdown
+from tasks.gsm8k import GSM8K
+from view import play, report
 
 THINKING = "<think>so</think>"
 
@@ -111,7 +112,7 @@ def use(data):
 
     def load(name: str, task_args: dict) -> Used:
         task_args = {k: data.get(v, v) if isinstance(v, str) else v for k, v in task_args.items()}
-        task = loading.load_task(name, task_args)
+        task = load_task(name, task_args)
         return Used(task, [task.train(random.Random(step), step) for step in range(1, 61)])
 
     return load

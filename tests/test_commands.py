@@ -16,7 +16,7 @@ from conftest import PRETRAINED
 from safetensors.torch import load_file
 
 import grpo
-import run_folder
+from harness.evaluation import wilson_interval
 from mathformer import evaluate, train, train_rl
 from mathformer.evaluate import EvaluationConfig, accuracy_by, load_checkpoint, trained_on
 from mathformer.train import PretrainConfig, build_model, pretrain
@@ -317,7 +317,7 @@ def test_accuracy_by_counts_each_problem_where_it_belongs():
         "operator /": (1, 0.0), "digits 1": (1, 1.0), "digits 2": (1, 0.0), "result a fraction": (1, 0.0),
         "result an integer": (1, 1.0),
     }  # fmt: skip
-    assert (rows["all"]["greedy_low"], rows["all"]["greedy_high"]) == run_folder.wilson_interval(0.5, 2)
+    assert (rows["all"]["greedy_low"], rows["all"]["greedy_high"]) == wilson_interval(0.5, 2)
 
 
 def test_one_expression_is_shown(capsys):

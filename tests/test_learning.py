@@ -6,7 +6,7 @@ import pytest
 from conftest import PRETRAINED
 
 import grpo
-import run_folder
+from harness.evaluation import verdict
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -29,7 +29,7 @@ def test_the_base_can_work_but_mostly_does_not(tmp_path):
     first = grpo.train(config)["first"]
     assert first["accuracy"] < 0.5 and first["worked"] < 0.15
     assert first["accuracy_worked"] > 0.95
-    assert "yes" in run_folder.verdict(first)
+    assert "yes" in verdict(first)
 
 
 def test_the_shipped_checkpoint_is_small():

@@ -10,6 +10,9 @@ import torch
 from conftest import expected_loss, is_close, largest_difference, other_model, row_logps, updated
 
 import grpo
+from harness.batching import microbatches, policy_inputs, row_tokens
+from harness.optimizers import learning_rate
+from variants import adapted_kl_coef
 
 pytestmark = pytest.mark.floats
 
@@ -149,7 +152,7 @@ def test_kl_gradient_in_the_loss_is_that_of_kl_policy_to_reference(kind):
     exact = torch.autograd.grad((logps.exp() * (logps - ref)).sum(), logits)[0]
     logps = logits.log_softmax(-1)
     old = logps.detach()
-    per_word = grpo.KL_IN_LOSS[kind]((logps - old).exp(), grpo.kl_estimate(logps, ref, kind))
+    per_word = grpo.KL_FACTORS[kind]((logps - old).exp()) * grpo.kl_estimate(logps, ref, kind)
     got = torch.autograd.grad((old.exp() * per_word).sum(), logits)[0]
     assert torch.allclose(got, exact, atol=1e-12)
 
@@ -159,7 +162,7 @@ def test_kl_gradient_in_the_loss_is_that_of_kl_policy_to_reference(kind):
 
 def test_policy_equals_the_model_row_by_row(model, make_rollouts):
     rollouts = make_rollouts()
-    inputs = grpo.policy_inputs(rollouts, torch.device("cpu"))
+    inputs = policy_inputs(rollouts, torch.device("cpu"))
     logps, entropy = grpo.Policy(model, temperature=0.7)(**inputs)
     assert logps.dtype == torch.float32
     for i, r in enumerate(rollouts):
@@ -169,7 +172,7 @@ def test_policy_equals_the_model_row_by_row(model, make_rollouts):
 
 def test_entropy_by_hand(model, make_rollouts):
     r = make_rollouts()[0]
-    _, entropy = grpo.Policy(model)(**grpo.policy_inputs([r], torch.device("cpu")))
+    _, entropy = grpo.Policy(model)(**policy_inputs([r], torch.device("cpu")))
     logits = model(torch.tensor([r.prompt_ids + r.completion_ids])).logits[0, len(r.prompt_ids) - 1 : -1].double()
     p = logits.softmax(-1)
     assert torch.allclose(entropy[0].double(), -(p * p.log()).sum(-1), atol=1e-5)
@@ -177,17 +180,17 @@ def test_entropy_by_hand(model, make_rollouts):
 
 def test_padding_is_never_seen(model, make_rollouts):
     rollouts = make_rollouts()
-    inputs = grpo.policy_inputs(rollouts, torch.device("cpu"))
+    inputs = policy_inputs(rollouts, torch.device("cpu"))
     before = grpo.Policy(model)(**inputs)[0]
     for i, r in enumerate(rollouts):
-        inputs["ids"][i, r.row_tokens :] = 2  # end-of-sequence tokens, as where padding and EOS are the same
+        inputs["ids"][i, row_tokens(r) :] = 2  # end-of-sequence tokens, as where padding and EOS are the same
     assert torch.equal(before, grpo.Policy(model)(**inputs)[0])
 
 
 def test_chunks_change_nothing(model, make_rollouts, monkeypatch):
     def gradients():
         model.zero_grad()
-        logps, _ = grpo.Policy(model)(**grpo.policy_inputs(make_rollouts(), torch.device("cpu")))
+        logps, _ = grpo.Policy(model)(**policy_inputs(make_rollouts(), torch.device("cpu")))
         logps.sum().backward()
         return {name: p.grad.clone() for name, p in model.named_parameters()}
 
@@ -213,7 +216,7 @@ def test_gradient_checkpointing_changes_nothing(make_rollouts, make_config, acce
 
 
 def test_completion_logps_is_the_plain_face(model, make_rollouts):
-    inputs = grpo.policy_inputs(make_rollouts(), torch.device("cpu"))
+    inputs = policy_inputs(make_rollouts(), torch.device("cpu"))
     assert torch.equal(grpo.completion_logps(model, **inputs), grpo.Policy(model)(**inputs)[0])
 
 
@@ -264,7 +267,7 @@ def test_prompt_and_padding_are_not_trained_and_eos_is(model, make_config, accel
     seen = []
     original = grpo.output_logits
     policy = grpo.Policy(model)
-    inputs = grpo.policy_inputs(rollouts, torch.device("cpu"))
+    inputs = policy_inputs(rollouts, torch.device("cpu"))
     try:
         grpo.output_logits = lambda m, hidden: (seen.append(len(hidden)), original(m, hidden))[1]
         logps, _ = policy(**inputs)
@@ -378,11 +381,11 @@ def test_old_logps_of_the_trainer_are_used(model, make_rollouts, make_config, ac
 
 def test_microbatches_fill_the_budget_and_lose_nothing(make_rollouts):
     rollouts = make_rollouts(groups=20)
-    batches = grpo.microbatches(rollouts, 60)
+    batches = microbatches(rollouts, 60)
     assert sorted(map(id, sum(batches, []))) == sorted(map(id, rollouts))
-    assert all(len(b) * max(r.row_tokens for r in b) <= 60 for b in batches)
-    assert len(batches) <= 1.3 * sum(r.row_tokens for r in rollouts) / 60 + 1
-    assert [len(b) for b in grpo.microbatches(rollouts[:3], 1)] == [1, 1, 1]
+    assert all(len(b) * max(row_tokens(r) for r in b) <= 60 for b in batches)
+    assert len(batches) <= 1.3 * sum(row_tokens(r) for r in rollouts) / 60 + 1
+    assert [len(b) for b in microbatches(rollouts[:3], 1)] == [1, 1, 1]
 
 
 def row_of(tokens: int) -> grpo.Rollout:
@@ -399,7 +402,7 @@ def test_microbatches_are_the_cheapest_cuts():
     for _ in range(60):
         lengths = sorted((rng.choice((20, 100, 400)) + rng.randrange(100) for _ in range(8)), reverse=True)
         budget = rng.choice((300, 900, 2000))
-        found = [[r.row_tokens for r in batch] for batch in grpo.microbatches(list(map(row_of, lengths)), budget)]
+        found = [[row_tokens(r) for r in batch] for batch in microbatches(list(map(row_of, lengths)), budget)]
         assert sum(found, []) == lengths
         allowed = []
         for cuts in range(1 << 7):
@@ -417,22 +420,22 @@ def test_microbatches_are_the_cheapest_cuts():
 
 def test_many_rows_are_cut_with_little_padding():
     rows = [row_of(7 + i) for i in range(100) for _ in range(4)]
-    padded = [len(batch) * batch[0].row_tokens for batch in grpo.microbatches(rows, 16384)]
-    assert sum(padded) < 1.15 * sum(r.row_tokens for r in rows), "two batches of 16,384 would be 1.6 times the tokens"
+    padded = [len(batch) * row_tokens(batch[0]) for batch in microbatches(rows, 16384)]
+    assert sum(padded) < 1.15 * sum(row_tokens(r) for r in rows), "two batches of 16,384 would be 1.6 times the tokens"
     assert len(padded) < 20
 
 
 def test_learning_rate_schedules(make_config):
     constant = make_config(lr=1.0, steps=10, warmup_steps=4)
-    assert [grpo.learning_rate(constant, s) for s in (1, 2, 4, 5, 10)] == [0.25, 0.5, 1, 1, 1]
+    assert [learning_rate(constant, s) for s in (1, 2, 4, 5, 10)] == [0.25, 0.5, 1, 1, 1]
     linear = make_config(lr=1.0, steps=10, lr_schedule="linear")
-    assert grpo.learning_rate(linear, 1) == 1 and is_close(grpo.learning_rate(linear, 6), 0.5)
+    assert learning_rate(linear, 1) == 1 and is_close(learning_rate(linear, 6), 0.5)
     cosine = make_config(lr=1.0, steps=10, lr_schedule="cosine", warmup_steps=2)
-    assert grpo.learning_rate(cosine, 3) == 1 and is_close(grpo.learning_rate(cosine, 7), 0.5)
+    assert learning_rate(cosine, 3) == 1 and is_close(learning_rate(cosine, 7), 0.5)
 
 
 @pytest.mark.parametrize(
     "kl, expected", [(0.1, 0.05), (0.11, 0.0505), (0.09, 0.0495), (5.0, 0.051), (0.0, 0.049), (None, 0.05)]
 )
 def test_adapted_kl_coef_by_hand(kl, expected):
-    assert grpo.adapted_kl_coef(0.05, kl, target=0.1) == pytest.approx(expected)
+    assert adapted_kl_coef(0.05, kl, target=0.1) == pytest.approx(expected)

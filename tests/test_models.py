@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
 import grpo
-import loading
+from harness import loading
+from harness.batching import policy_inputs
+from harness.prompts import Problem, encode_prompt
 
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 SIZES |= dict(max_position_embeddings=1024, initializer_range=0.1)
@@ -121,7 +123,7 @@ def test_special_tokens_are_added_once(prompt):
     start = tokenizer.convert_tokens_to_ids("<pad>")
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<pad> $A", special_tokens=[("<pad>", start)])
     tokenizer.chat_template = "<pad>" + tokenizer.chat_template
-    text, ids = grpo.encode_prompt(tokenizer, Asks(), {})
+    text, ids = encode_prompt(tokenizer, Asks(), {})
     assert ids[0] == start and ids.count(start) == 1
     assert tokenizer.decode(ids[1:]) == text.removeprefix("<pad>") == (prompt if isinstance(prompt, str) else text[5:])
     # nor does a prefix of the answer get any
@@ -132,7 +134,7 @@ def test_special_tokens_are_added_once(prompt):
             given.extend(prompts)
             return []
 
-    grpo.complete(Sampler(), tokenizer, Asks(), [grpo.Problem({}, text, ids)], 1, grpo.Sampling(1), 0, "so")
+    grpo.complete(Sampler(), tokenizer, Asks(), [Problem({}, text, ids)], 1, grpo.Sampling(1), 0, "so")
     assert given == [ids + tokenizer("so", add_special_tokens=False)["input_ids"]] and given[0].count(start) == 1
 
 
@@ -143,7 +145,7 @@ def test_an_output_head_with_a_bias_is_used_whole():
     with torch.no_grad():
         model.lm_head.bias.normal_()
     rollouts = grpo.TorchSampler(model, [2]).generate([[5, 6, 7], [8]], 4, grpo.Sampling(6), seed=0)
-    logps, _ = grpo.Policy(model)(**grpo.policy_inputs(rollouts, "cpu"))
+    logps, _ = grpo.Policy(model)(**policy_inputs(rollouts, "cpu"))
     for i, r in enumerate(rollouts):
         assert torch.allclose(torch.tensor(r.logps).double(), row_logps(model, r), atol=1e-4)
         assert torch.allclose(logps[i, : r.length].double(), row_logps(model, r), atol=1e-4)

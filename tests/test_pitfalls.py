@@ -10,7 +10,6 @@ import math
 import random
 import subprocess
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,8 +19,15 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import grpo
-import loading
-from tasks import countdown_reward, gsm8k_example, gsm8k_reward, is_think_then_answer, math_reward, parse_math
+from harness import loading
+from harness.batching import policy_inputs, row_tokens
+from harness.metrics import rollout_metrics
+from harness.settings import Sample
+from harness.vllm_sampler import check_sampler
+from tasks.competition_math import math_reward, parse_math
+from tasks.countdown import countdown_reward
+from tasks.gsm8k import gsm8k_example, gsm8k_reward
+from tasks.tags import is_think_then_answer
 
 
 def on_policy(model, rollouts: list[grpo.Rollout]) -> list[grpo.Rollout]:
@@ -124,7 +130,7 @@ def test_05_kl_in_the_loss_has_the_gradient_of_the_kl():
     exact = torch.autograd.grad((logits.softmax(0) * (logits.log_softmax(0) - reference)).sum(), logits)[0]
     for kind in ("k1", "k2", "k3"):
         logps = logits.log_softmax(0)
-        in_loss = grpo.KL_IN_LOSS[kind]((logps - logps.detach()).exp(), grpo.kl_estimate(logps, reference, kind))
+        in_loss = grpo.KL_FACTORS[kind]((logps - logps.detach()).exp()) * grpo.kl_estimate(logps, reference, kind)
         got = torch.autograd.grad((logps.detach().exp() * in_loss).sum(), logits)[0]
         assert torch.allclose(got, exact, atol=1e-12), kind
     near = torch.linspace(-1e-3, 1e-3, 1001)
@@ -169,8 +175,8 @@ def test_08_dead_groups_count_and_are_kept_under_a_penalty(model, make_rollouts,
 def test_09_the_end_of_sequence_token_is_trained(model, tokenizer):
     """It is part of the completion, its log-prob has a gradient, and padding of the same value has none."""
     short, long = rollout(3, 2), rollout(3, 6, seed=1)
-    inputs = grpo.policy_inputs([short, long], "cpu")
-    inputs["ids"][0, short.row_tokens :] = 2  # padded with the end-of-sequence token
+    inputs = policy_inputs([short, long], "cpu")
+    inputs["ids"][0, row_tokens(short) :] = 2  # padded with the end-of-sequence token
     logps, _ = grpo.Policy(model)(**inputs)
     assert torch.allclose(logps[0, :2].double(), row_logps(model, short), atol=1e-5) and (logps[0, 2:] == 0).all()
     sampled = grpo.TorchSampler(model, [2]).generate([[1, 5]], 64, grpo.Sampling(30), seed=0)
@@ -199,7 +205,7 @@ def test_11_dropout_is_off_in_sampling_and_in_training(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path)
     model, _ = loading.load_model(str(tmp_path))
     rollouts = grpo.TorchSampler(model, [2]).generate([[1, 5, 6]], 4, grpo.Sampling(8), seed=0)
-    logps, _ = grpo.Policy(model).train()(**grpo.policy_inputs(rollouts, "cpu"))
+    logps, _ = grpo.Policy(model).train()(**policy_inputs(rollouts, "cpu"))
     for i, r in enumerate(rollouts):
         assert torch.allclose(logps[i, : r.length], torch.tensor(r.logps), atol=1e-4)
 
@@ -217,7 +223,7 @@ def test_12_sampling_is_not_greedy_by_default(model, make_config):
 @pytest.mark.parametrize("temperature", [0.5, 1.7])
 def test_13_log_probs_are_of_the_distribution_that_was_sampled(temperature, model, make_config):
     rollouts = grpo.TorchSampler(model, [2]).generate([[1, 5, 6]], 8, grpo.Sampling(8, temperature), seed=0)
-    logps, _ = grpo.Policy(model, temperature)(**grpo.policy_inputs(rollouts, "cpu"))
+    logps, _ = grpo.Policy(model, temperature)(**policy_inputs(rollouts, "cpu"))
     for i, r in enumerate(rollouts):
         assert torch.allclose(logps[i, : r.length], torch.tensor(r.logps), atol=1e-4)
     # with top_k or top_p the sampler's distribution is not the policy's: the trainer's log-probs are taken
@@ -228,11 +234,11 @@ def test_13_log_probs_are_of_the_distribution_that_was_sampled(temperature, mode
 def test_14_nothing_is_tokenised_twice(tokenizer, make_config):
     class Odd:  # rows that decoding and encoding again would change
         def generate(self, prompts, group_size, sampling, seed):
-            return [grpo.Rollout(p, [7, 0, 7, 2], [0.0] * 4, False) for p in prompts for _ in range(group_size)]
+            return [Sample(p, [7, 0, 7, 2], [0.0] * 4, False) for p in prompts for _ in range(group_size)]
 
     rollouts, _ = grpo.collect(Odd(), tokenizer, Repeats(), make_config(prompts_per_step=2, group_size=2), 1)
     assert all(r.completion_ids == [7, 0, 7, 2] for r in rollouts)
-    assert all(grpo.policy_inputs([r], "cpu")["ids"].tolist() == [r.prompt_ids + [7, 0, 7, 2]] for r in rollouts)
+    assert all(policy_inputs([r], "cpu")["ids"].tolist() == [r.prompt_ids + [7, 0, 7, 2]] for r in rollouts)
 
 
 @pytest.mark.parametrize("fault", ["none", "does nothing", "forgets the head", "forgets a layer"])
@@ -253,8 +259,7 @@ def test_15_a_weight_sync_cannot_fail_silently(fault, model, make_config, accele
 
     def check(**settings):
         policy = grpo.Policy(model, settings.get("temperature", 1.0))
-        gap = partial(grpo.logp_gap, policy, accelerator, make_config())
-        loading.check_sampler(sampler, policy, [[1, 5, 6]], gap, make_config(**settings))
+        check_sampler(sampler, policy, accelerator, [[1, 5, 6]], make_config(**settings))
 
     if fault == "none":
         with pytest.MonkeyPatch.context() as patch:  # at the temperature of the run, as long as answers may be
@@ -350,7 +355,7 @@ def test_21_metrics_are_what_they_are_called(model, make_rollouts, make_config, 
     assert is_close(metrics["grad_norm"], norm, 1e-4), "before the clip, after the backward pass"
     for r in rows:
         r.reward, r.parts = 0.0, dict(correct=0.0, format=1.0)
-    assert grpo.rollout_metrics(rows, config)["zero_advantage_groups"] == 1
+    assert rollout_metrics(rows, config)["zero_advantage_groups"] == 1
 
 
 def test_22_the_evaluation_comes_first_and_repeats(run):

@@ -23,10 +23,9 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
 import grpo
-import loading
-import memory
-import run_folder
-import settings
+from harness import evaluation, loading, memory, run_folder, settings, terminal
+from harness.metrics import peak_memory
+from harness.terminal import finish_step_on_signal, printable
 from mathformer.train import build_model
 
 NOT_REPEATABLE = {"seconds_sample", "seconds_train", "seconds_sync", "tokens_per_second", "peak_memory"}
@@ -237,7 +236,7 @@ def test_bf16_is_bf16_and_sampler_and_trainer_agree_in_it(run):
 
 def test_a_second_interrupt_stops_at_once():
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), run_folder.finish_step_on_signal() as stop:
+    with pytest.raises(KeyboardInterrupt), finish_step_on_signal() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.is_set()
         os.kill(os.getpid(), signal.SIGINT)
@@ -370,7 +369,7 @@ def test_bad_input_is_told_in_one_line_before_any_work(argv, said, model_folder,
     (tmp_path / "broken.py").write_text("class Own(:\n")
     argv = [str(stand_in.get(word, word)).replace("TASK:", f"{tmp_path}/own.py:") for word in argv]
     argv = [word.replace("BROKEN:", f"{tmp_path}/broken.py:") for word in argv]
-    monkeypatch.setattr(grpo, "evaluate", lambda *args: pytest.fail("the evaluation was started"))
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args: pytest.fail("the evaluation was started"))
     with pytest.raises(SystemExit) as stopped:
         grpo.main([*argv, "--runs", str(tmp_path / "runs")])
     message = stopped.value.code
@@ -424,16 +423,16 @@ def test_dead_groups_are_kept_under_a_kl_penalty_also_from_a_saved_config(run, p
 
 @pytest.mark.parametrize("at", ["first evaluation", "last evaluation"])
 def test_interrupted_in_an_evaluation_and_resumed(run, monkeypatch, pays_length, at):
-    evaluate = grpo.evaluate
+    evaluate = evaluation.evaluate
 
     def interrupt(*args):
         if args[-1] == (0 if at == "first evaluation" else 2):
             os.kill(os.getpid(), signal.SIGINT)
-            monkeypatch.setattr(grpo, "evaluate", evaluate)
+            monkeypatch.setattr(evaluation, "evaluate", evaluate)
         return evaluate(*args)
 
     whole = run(steps=3, eval_steps=2)
-    monkeypatch.setattr(grpo, "evaluate", interrupt)
+    monkeypatch.setattr(evaluation, "evaluate", interrupt)
     stopped = run(steps=3, eval_steps=2)
     assert stopped["interrupted"]
     grpo.train(grpo.parse_config(["--resume", str(stopped["run"])]))
@@ -442,8 +441,8 @@ def test_interrupted_in_an_evaluation_and_resumed(run, monkeypatch, pays_length,
 
 
 def test_terminal_text_cannot_move_the_cursor():
-    assert run_folder.printable("a\x1b[2Jb\nc\r") == "a\\x1b[2Jb\\nc\\r"
-    assert len(run_folder.printable("x" * 1000)) < 200
+    assert printable("a\x1b[2Jb\nc\r") == "a\\x1b[2Jb\\nc\\r"
+    assert len(printable("x" * 1000)) < 200
 
 
 @pytest.mark.parametrize(
@@ -456,7 +455,7 @@ def test_terminal_text_cannot_move_the_cursor():
     ],
 )
 def test_a_line_is_folded_by_its_own_characters(text, limit, shown):
-    assert run_folder.printable(text, limit) == shown
+    assert printable(text, limit) == shown
 
 
 @pytest.mark.parametrize("recipe", ["countdown-workshop", "countdown-3b"])
@@ -518,10 +517,10 @@ def broken_gradients(monkeypatch, in_steps: set[int], in_pass: int | None = None
         return update(*args)
 
     def broken(*args):
-        loss, numbers = batch_loss(*args)
+        loss = batch_loss(*args)
         now["passes"] += 1
         breaks = now["step"] in in_steps and in_pass in (None, now["passes"])
-        return (loss * float("nan") if breaks else loss), numbers
+        return loss * float("nan") if breaks else loss
 
     monkeypatch.setattr(grpo, "update", watched_update)
     monkeypatch.setattr(grpo, "batch_loss", broken)
@@ -643,7 +642,7 @@ def test_a_bar_shows_the_progress_of_a_run_and_no_bar_an_evaluation(run, pays_le
 
 def test_the_memory_is_that_of_the_process():
     measured = psutil.Process().memory_info().rss / 1e9
-    assert measured < 1.01 * run_folder.peak_memory(torch.device("cpu")) < 20
+    assert measured < 1.01 * peak_memory(torch.device("cpu")) < 20
 
 
 @pytest.mark.parametrize("ending, code", [({}, 0), ({"interrupted": True}, 130)])
@@ -801,11 +800,13 @@ def test_code_of_a_model_is_trusted_wherever_it_is_loaded(run, monkeypatch):
 
 def shown_group(monkeypatch, run, **settings) -> tuple[list, list[float]]:
     """The rollouts and weights that `--steps 0` shows a group of."""
-    found, show = [], run_folder.show_group
-    monkeypatch.setattr(run_folder, "show_group", lambda *args: (found.append(args), show(*args))[1])
-    run(steps=0, **settings)
-    (rollouts, weights, *_), *_ = found
-    return rollouts, weights
+    found, show, weigh = [], terminal.show_group, grpo.token_weights
+    with monkeypatch.context() as patch:
+        patch.setattr(terminal, "show_group", lambda *args: (found.append(args[0]), show(*args))[1])
+        patch.setattr(grpo, "token_weights", lambda *args, **more: (found.append(weigh(*args, **more)), found[-1])[1])
+        run(steps=0, **settings)
+    rollouts, weights = found
+    return rollouts, weights.tolist()
 
 
 def test_the_group_that_is_shown_has_the_weights_of_the_settings(run, pays_length, monkeypatch):
@@ -825,7 +826,7 @@ def test_the_group_that_is_shown_is_advised_by_a_kl_in_the_reward_too(run, pays_
 
 def test_training_prompts_that_are_all_too_long_are_told_before_the_evaluation(run, tmp_path, monkeypatch):
     (tmp_path / "own.py").write_text(OWN_TASK.replace('rng.choice("1234")', '"1" * 30'))
-    monkeypatch.setattr(grpo, "evaluate", lambda *args: pytest.fail("the evaluation was started"))
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args: pytest.fail("the evaluation was started"))
     with pytest.raises(grpo.UsageError, match="nearly all prompts are over max_prompt_tokens = 20"):
         run(task=f"{tmp_path}/own.py:Own", task_args={})
     assert not (tmp_path / "runs").exists()

@@ -11,8 +11,10 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations import sdpa_attention
 
 import grpo
-import kv_cache
-import loading
+from harness import kv_cache, loading
+from harness.batching import policy_inputs
+from harness.loading import check_logits
+from variants import keep_top
 
 pytestmark = pytest.mark.floats
 
@@ -31,7 +33,7 @@ def test_sampler_and_trainer_agree_on_ragged_rows(model, name, temperature):
     model = model if name == "mathformer" else other_model(name)
     rollouts = sample(model, temperature=temperature, group_size=16)
     assert len({r.length for r in rollouts}) > 3, "the rows must be ragged for this test to mean anything"
-    logps, _ = grpo.Policy(model, temperature)(**grpo.policy_inputs(rollouts, torch.device("cpu")))
+    logps, _ = grpo.Policy(model, temperature)(**policy_inputs(rollouts, torch.device("cpu")))
     for i, r in enumerate(rollouts):
         assert torch.allclose(torch.tensor(r.logps), logps[i, : r.length], atol=1e-4)
         assert torch.allclose(torch.tensor(r.logps).double(), row_logps(model, r, temperature), atol=1e-4)
@@ -166,7 +168,7 @@ def test_finished_rows_leave_the_batch(model, monkeypatch):
 
 def test_top_k_and_top_p_by_hand():
     logits = torch.tensor([[0.5, 0.2, 0.15, 0.1, 0.05]]).log()
-    kept = lambda *settings: grpo.keep_top(logits, *settings).isfinite()[0].tolist()  # noqa: E731
+    kept = lambda *settings: keep_top(logits, *settings).isfinite()[0].tolist()  # noqa: E731
     assert kept(0, 1.0) == [True] * 5
     assert kept(2, 1.0) == [True, True, False, False, False]
     assert kept(99, 1.0) == [True] * 5
@@ -208,7 +210,7 @@ def test_dropout_is_off_while_sampling_and_training():
     model = LlamaForCausalLM(LlamaConfig(**SHAPE, attention_dropout=0.5))
     model.train()
     rollouts = sample(model)  # sampling switches the model to evaluation mode
-    logps, _ = grpo.Policy(model)(**grpo.policy_inputs(rollouts, torch.device("cpu")))
+    logps, _ = grpo.Policy(model)(**policy_inputs(rollouts, torch.device("cpu")))
     for i, r in enumerate(rollouts):
         assert torch.allclose(torch.tensor(r.logps), logps[i, : r.length], atol=1e-4)
 
@@ -235,8 +237,8 @@ def test_models_that_change_their_logits_behind_the_head_are_refused(model):
         config = Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=cap)
         gemma = Gemma2ForCausalLM(config).eval()
         if cap is None:
-            grpo.check_logits(gemma, PROMPTS[0])
+            check_logits(gemma, PROMPTS[0], grpo.output_logits)
         else:
             with pytest.raises(grpo.UsageError, match="Gemma2ForCausalLM scales or caps its logits"):
-                grpo.check_logits(gemma, PROMPTS[0])
-    grpo.check_logits(model, PROMPTS[0])
+                check_logits(gemma, PROMPTS[0], grpo.output_logits)
+    check_logits(model, PROMPTS[0], grpo.output_logits)

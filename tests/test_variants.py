@@ -14,6 +14,10 @@ from conftest import expected_loss, is_close, largest_difference, row_logps, upd
 from test_evaluation import FakeSampler, FakeTask
 
 import grpo
+from harness.batching import pad
+from harness.metrics import rollout_metrics
+from harness.settings import Sample
+from variants import overlong_penalty
 
 pytestmark = pytest.mark.floats
 
@@ -135,7 +139,7 @@ def test_kl_in_the_reward_has_the_gradient_of_the_kl(make_config):
 
 
 def test_plain_estimators_would_have_other_gradients():
-    """Why KL_IN_LOSS exists: k1 without a factor has the gradient 0, and k3 that of the KL the other way round."""
+    """Why KL_FACTORS exists: k1 without a factor has the gradient 0, and k3 that of the KL the other way round."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(50, dtype=torch.float64, generator=generator, requires_grad=True)
     ref = torch.randn(50, dtype=torch.float64, generator=generator).log_softmax(0)
@@ -260,7 +264,7 @@ def test_dead_groups_are_counted_by_their_rewards(make_config):
         r.parts = dict(correct=1.0, format=1.0)
     config = make_config(group_size=4, kl_in="reward", kl_coef=0.1, advantage="rloo")
     grpo.assign_advantages(rows, config)
-    assert not any(r.dead for r in rows) and grpo.rollout_metrics(rows, config)["zero_advantage_groups"] == 1
+    assert not any(r.dead for r in rows) and rollout_metrics(rows, config)["zero_advantage_groups"] == 1
 
 
 def test_masked_rows_do_not_exist_for_the_loss(model, rollouts, make_config, accelerator):
@@ -277,8 +281,8 @@ def test_masked_rows_do_not_exist_for_the_loss(model, rollouts, make_config, acc
 
 
 def test_overlong_penalty_by_hand(make_config):
-    assert [grpo.overlong_penalty(n, 20, 0.4) for n in (1, 12, 13, 16, 20)] == pytest.approx([0, 0, 1 / 8, 1 / 2, 1])
-    assert grpo.overlong_penalty(20, 20, 0.0) == 0
+    assert [overlong_penalty(n, 20, 0.4) for n in (1, 12, 13, 16, 20)] == pytest.approx([0, 0, 1 / 8, 1 / 2, 1])
+    assert overlong_penalty(20, 20, 0.0) == 0
     rollouts = [grpo.Rollout([1], [3] * n, [0.0] * n, n == 16, reward=1.0) for n in (8, 12, 14, 16)]
     grpo.assign_advantages(rollouts, make_config(group_size=4, overlong_share=0.25, advantage="dr_grpo"))
     assert [r.penalty for r in rollouts] == [0, 0, 0.5, 1]
@@ -315,7 +319,7 @@ class Alternating(FakeSampler):
     def generate(self, prompts, group_size, sampling, seed):
         self.rows = getattr(self, "rows", 0) + len(prompts) * group_size
         ids = [[7, 7, 2], [7, 2]]
-        return [grpo.Rollout(p, ids[g % 2], [0.0] * len(ids[g % 2]), False) for p in prompts for g in range(group_size)]
+        return [Sample(p, ids[g % 2], [0.0] * len(ids[g % 2]), False) for p in prompts for g in range(group_size)]
 
 
 def test_dead_groups_are_replaced_by_fresh_ones(tokenizer, make_config):
@@ -444,13 +448,13 @@ def test_loss_and_gradient_equal_trl(loss, ratio, more, rollouts, make_config):
         generator = torch.Generator().manual_seed(2)
         lengths = torch.tensor([r.length for r in batch])
         mask = grpo.completion_mask(lengths)
-        old = grpo.pad([r.old_logps for r in batch], "cpu")
-        ref, sampled = (grpo.pad([getattr(r, name) for r in batch], "cpu") for name in ("ref_logps", "logps"))
+        old = pad([r.old_logps for r in batch], "cpu")
+        ref, sampled = (pad([getattr(r, name) for r in batch], "cpu") for name in ("ref_logps", "logps"))
         near = old + 0.3 * torch.randn(old.shape, generator=generator)
         ours, theirs = ((near * mask).clone().requires_grad_() for _ in range(2))
         our_h, their_h = (torch.full(old.shape, 1.5).requires_grad_() for _ in range(2))
         # a policy's output is 0 behind the end of a row
-        value, _ = grpo.batch_loss(
+        value = grpo.batch_loss(
             Given(ours * mask, our_h * mask), batch, config, torch.device("cpu"), int(lengths.sum()), len(batch)
         )
         advantages = torch.tensor([[r.advantage] for r in batch])

@@ -23,6 +23,8 @@ import math
 import re
 
 import torch
+from harness.batching import pad
+from tasks import load_task
 import viz
 from IPython.display import HTML, display
 from matplotlib import pyplot as plt
@@ -30,8 +32,8 @@ from workshop import check, compare, predict
 
 # %%
 import grpo
-import loading
-from settings import PRESET, parse_config
+from harness import loading
+from harness.settings import PRESET, parse_config
 
 
 # %% [markdown]
@@ -89,7 +91,7 @@ pass_at_k = check(pass_at_k)
 predict(pass_at_1=None, pass_at_8=None)  # a number for each None
 # %%
 config = parse_config(["--config", str(PRESET), "--seed=0", "--prompts_per_step=100", "--device=cpu"])
-task = loading.load_task(config.task, config.task_args)
+task = load_task(config.task, config.task_args)
 model, tokenizer = loading.load_model(config.model)
 sampler = grpo.TorchSampler(model, loading.find_eos(model, tokenizer))
 rollouts, _ = grpo.collect(sampler, tokenizer, task, config, 1)
@@ -100,7 +102,7 @@ display(viz.group_table(group, tokenizer))
 # %% [markdown]
 # The same rows as tensors. Green: trained. White: the prompt, or padding (·).
 # %%
-ids = grpo.pad([r.prompt_ids + r.completion_ids for r in group], "cpu")
+ids = pad([r.prompt_ids + r.completion_ids for r in group], "cpu")
 mask = completion_mask(torch.tensor([r.length for r in group]))
 padding = torch.zeros(8, len(group[0].prompt_ids))
 values = torch.cat([padding, mask.float()], 1).tolist()

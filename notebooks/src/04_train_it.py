@@ -20,6 +20,9 @@ sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "notebooks")) if p not in sys.
 import random
 
 import torch
+from harness.batching import microbatches, pad, policy_inputs
+from harness.metrics import rollout_metrics
+from tasks import load_task
 import viz
 from IPython.display import clear_output, display
 from workshop import check, compare, predict
@@ -27,7 +30,7 @@ from workshop import check, compare, predict
 # %%
 import experiments
 import grpo
-import loading
+from harness import loading
 
 STEPS, SEED = 60, 0  # take another seed than your neighbour
 # %% [markdown]
@@ -56,7 +59,7 @@ step_loss = check(step_loss)
 # 1 to 3. Dead groups have advantage 0, so nothing is computed for them; their tokens still count in the total.
 # %%
 config = experiments.config_of(seed=SEED)  # 16 prompts a step, one update at a constant rate
-task = loading.load_task(config.task, config.task_args)
+task = load_task(config.task, config.task_args)
 
 
 def train(steps):
@@ -73,10 +76,10 @@ def train(steps):
         # grpo.py shuffles: the same order gives the same rounding
         shuffled = random.Random(f"{SEED}/{step}/minibatches").sample(rollouts, len(rollouts))
         loss, entropies = 0.0, []
-        for batch in grpo.microbatches([r for r in shuffled if not r.dead], config.tokens_per_microbatch):
-            inputs = grpo.policy_inputs(batch, "cpu")
+        for batch in microbatches([r for r in shuffled if not r.dead], config.tokens_per_microbatch):
+            inputs = policy_inputs(batch, "cpu")
             logps, entropy = policy(**inputs)
-            old_logps = grpo.pad([r.logps for r in batch], "cpu")
+            old_logps = pad([r.logps for r in batch], "cpu")
             advantages = torch.tensor([[r.advantage] for r in batch])
             part = step_loss(logps, old_logps, advantages, inputs["lengths"], total_tokens)
             part.backward()
@@ -85,7 +88,7 @@ def train(steps):
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip).item()
         optimizer.step()
         optimizer.zero_grad()
-        metrics.append({"step": step, **grpo.rollout_metrics(rollouts, config), "loss": loss, "grad_norm": grad_norm})
+        metrics.append({"step": step, **rollout_metrics(rollouts, config), "loss": loss, "grad_norm": grad_norm})
         metrics[-1]["entropy"] = sum(entropies) / max(1, len(entropies))
         kept[step] = rollouts
         if step % 10 == 0:

@@ -20,6 +20,9 @@ sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "notebooks")) if p not in sys.
 import math
 
 import torch
+from harness.evaluation import pass_at_k
+from harness.prompts import draw_prompts
+from tasks import load_task
 import torch.nn.functional as F
 import viz
 from IPython.display import clear_output
@@ -28,9 +31,9 @@ from workshop import compare, predict
 
 import experiments
 import grpo
-import loading
+from harness import loading
 from experiments import recorded
-from settings import PRESET, Sampling, parse_config
+from harness.settings import PRESET, Sampling, parse_config
 
 SEED = 0  # take another seed than your neighbour
 
@@ -55,16 +58,16 @@ def show(arms, keys, yours=None):
 predict(dead_at_2=None, dead_at_16=None, pass_at_16=None)  # a number for each None
 # %%
 config = parse_config(["--config", str(PRESET), f"--seed={SEED}", "--prompts_per_step=100", "--device=cpu"])
-task = loading.load_task(config.task, config.task_args)
+task = load_task(config.task, config.task_args)
 model, tokenizer = loading.load_model(config.model)
 sampler = grpo.TorchSampler(model, loading.find_eos(model, tokenizer))
-problems, _ = grpo.draw_prompts(task, tokenizer, config, step=1)
+problems, _ = draw_prompts(task, tokenizer, config, step=1)
 n, sizes = 32, (2, 4, 8, 16, 32)
 sampled = grpo.complete(sampler, tokenizer, task, problems, n, Sampling(config.max_completion_tokens), SEED)
 right = [int(sum(r.parts["correct"] for r in sampled[i : i + n])) for i in range(0, len(sampled), n)]
 # of all ways to choose G of the 32 answers: those that are all right, or all wrong
 dead = {G: sum(math.comb(c, G) + math.comb(n - c, G) for c in right) / math.comb(n, G) / 100 for G in sizes}
-solved = {G: sum(grpo.pass_at_k(n, c, G) for c in right) / 100 for G in sizes}
+solved = {G: sum(pass_at_k(n, c, G) for c in right) / 100 for G in sizes}
 figure, axes = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
 axes[0].bar(range(n + 1), [right.count(c) for c in range(n + 1)], color="0.5")
 axes[0].set(xlabel="right answers of 32", ylabel="problems")

@@ -25,12 +25,12 @@ from workshop import check, compare, predict
 
 # %%
 import experiments
-import loading
+from harness import loading
 from exercises import EXPLOITS, PROBLEM
 from experiments import recorded
 from mathformer import ArithmeticTask
 from mathformer.task import COMPLETION  # the pattern (<scratchpad>steps)?<answer>answer, for your answer
-from settings import PRESET, parse_config
+from harness.settings import PRESET, parse_config
 
 SEED = 0  # take another seed than your neighbour
 # %% [markdown]

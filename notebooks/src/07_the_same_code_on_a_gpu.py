@@ -26,9 +26,9 @@ from IPython.display import display
 from matplotlib import pyplot as plt
 from workshop import compare, predict
 
-import loading
-import memory
-from settings import parse_config
+from harness import loading
+from harness import memory
+from harness.settings import parse_config
 
 RUN = ROOT / "benchmarks" / "results" / "long_run"  # or the folder of a run of yours: ROOT / "runs" / ...
 

@@ -1,6 +1,7 @@
-"""What tests/test_parallel.py starts in several processes: updates on rollouts that each of them has.
+"""What tests/harness/test_parallel.py starts in several processes: updates on rollouts that each of them has.
 
-    PYTHONPATH=.:tests accelerate launch --config_file configs/accelerate/ddp.yaml tests/several_processes.py OUT fp32
+    export PYTHONPATH=.:tests:tests/harness
+    accelerate launch --config_file configs/accelerate/ddp.yaml tests/harness/several_processes.py OUT fp32
 
 Writes to OUT, for each case, the weights after three updates, the metrics of the last, and log-probs.
 """
@@ -11,9 +12,7 @@ import torch
 from conftest import SHAPE, other_model, random_rollouts
 
 import grpo
-import loading
-import optimizers
-import parallel
+from harness import loading, optimizers, parallel
 
 GRPO = dict(tokens_per_microbatch=40)  # five to seven microbatches in all
 CASES = {  # settings of the run, groups of rollouts

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 import grpo
-import report
-import settings
+from harness import settings
+from view import report
 
 BROWSER = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking"
 BROWSER += " --disable-component-update --disable-sync"

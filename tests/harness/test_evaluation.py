@@ -3,6 +3,7 @@
 import itertools
 import json
 from fractions import Fraction
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,8 +12,11 @@ import torch
 from conftest import is_close
 
 import grpo
-import parallel
-import run_folder
+from harness import parallel
+from harness.evaluation import clustered_interval, evaluate, pass_at_k, verdict, wilson_interval
+from harness.metrics import part_means, rollout_metrics
+from harness.prompts import Problem, draw_prompts, encode_prompt, judge
+from harness.settings import Sample
 
 
 def test_pass_at_k_equals_enumeration():
@@ -20,24 +24,24 @@ def test_pass_at_k_equals_enumeration():
         samples = [True] * c + [False] * (n - c)
         for k in range(1, n + 1):
             draws = list(itertools.combinations(samples, k))
-            assert is_close(grpo.pass_at_k(n, c, k), sum(map(any, draws)) / len(draws), 1e-12)
+            assert is_close(pass_at_k(n, c, k), sum(map(any, draws)) / len(draws), 1e-12)
 
 
 @pytest.mark.parametrize("n, c, k", [(4, 5, 1), (4, -1, 1), (4, 2, 0), (4, 2, 5)])
 def test_pass_at_k_refuses_nonsense(n, c, k):
     with pytest.raises(ValueError, match="pass_at_k"):
-        grpo.pass_at_k(n, c, k)
+        pass_at_k(n, c, k)
 
 
 def test_wilson_interval_of_a_known_case():
-    low, high = run_folder.wilson_interval(0.9, 10)  # 9 of 10: the textbook's 0.596 to 0.982
+    low, high = wilson_interval(0.9, 10)  # 9 of 10: the textbook's 0.596 to 0.982
     assert is_close(low, 0.5958, 1e-3) and is_close(high, 0.9821, 1e-3)
     for n in range(1, 600):  # the share is inside its interval, or the error bars of the plot would be negative
-        assert run_folder.wilson_interval(0.0, n)[0] <= 0 and run_folder.wilson_interval(1.0, n)[1] >= 1
+        assert wilson_interval(0.0, n)[0] <= 0 and wilson_interval(1.0, n)[1] >= 1
 
 
 def test_clustered_interval_counts_prompts_not_completions():
-    low, high = run_folder.clustered_interval([0.0, 1.0] * 50)
+    low, high = clustered_interval([0.0, 1.0] * 50)
     half = 1.96 * (0.5 * (100 / 99) ** 0.5) / 10
     assert is_close(low, 0.5 - half, 1e-5) and is_close(high, 0.5 + half, 1e-5)
 
@@ -55,7 +59,7 @@ def test_rollout_metrics_by_hand(make_config):
         rollout(0.5, 8, dead=True, worked=0.0),
     ]
     rollouts[0].penalty = 0.5
-    metrics = grpo.rollout_metrics(rollouts, make_config(group_size=2))
+    metrics = rollout_metrics(rollouts, make_config(group_size=2))
     expected = dict(reward=0.5, correct=0.25, format=0.75, pass_at_group=0.5, zero_advantage_groups=0.5, length=5.0)
     expected |= dict(length_correct=2.0, length_wrong=6.0, truncated=0.25, reflections=0.25, worked=0.5)
     expected |= dict(reward_std=0.5**0.5 / 2, penalty=0.125)
@@ -65,7 +69,7 @@ def test_rollout_metrics_by_hand(make_config):
 
 
 def test_means_over_nothing_are_none(make_config):
-    metrics = grpo.rollout_metrics([rollout(0.0, 3), rollout(0.0, 3)], make_config(group_size=2))
+    metrics = rollout_metrics([rollout(0.0, 3), rollout(0.0, 3)], make_config(group_size=2))
     assert metrics["length_correct"] is None and metrics["length_wrong"] == 3
 
 
@@ -95,14 +99,15 @@ class FakeSampler:
             for g in range(group_size):
                 digits = 2 if sampling.temperature == 0 and p < 7 else 1 + (p + g) % 2 if p else 2
                 ids = [7, 7, 2] if digits == 2 else [7]  # two digits and the end, or one digit cut off
-                rollouts.append(grpo.Rollout(prompt, ids, [0.0] * len(ids), truncated=digits == 1))
+                rollouts.append(Sample(prompt, ids, [0.0] * len(ids), truncated=digits == 1))
         return rollouts
 
 
 def test_evaluate_by_hand(tokenizer, make_config):
     task, config = FakeTask(), make_config(eval_samples=4)
-    problems = [grpo.Problem(e, *grpo.encode_prompt(tokenizer, task, e)) for e in task.eval()]
-    row, details = grpo.evaluate(FakeSampler(), tokenizer, task, problems, config, step=3)
+    problems = [Problem(e, *encode_prompt(tokenizer, task, e)) for e in task.eval()]
+    complete = partial(grpo.complete, FakeSampler(), tokenizer, task)
+    row, details = evaluate(complete, task, problems, config, step=3)
     # greedy: the first seven are right, and of the last three (one or two tokens by turns) the eighth and tenth
     greedy = [1] * 7 + [1 if (1 + p % 2) == 2 else 0 for p in (7, 8, 9)]
     assert row["n"] == 10 and row["step"] == 3
@@ -114,7 +119,7 @@ def test_evaluate_by_hand(tokenizer, make_config):
     assert is_close(row["zero_advantage_groups"], 0.1)
     assert is_close(row["length"], (4 * 3 + 9 * 8) / 40) and is_close(row["truncated"], 18 / 40)
     assert row["shout"] == 2 and is_close(row["reward"], row["accuracy_sampled"]), "of the samples"
-    odd = grpo.evaluate(FakeSampler(), tokenizer, task, problems, make_config(eval_samples=6), step=3)[0]
+    odd = evaluate(complete, task, problems, make_config(eval_samples=6), step=3)[0]
     assert odd["pass_at_k"].keys() == {"1", "2", "4", "6"}
     assert [d["correct"] for d in details] == greedy and details[0]["sampled_correct"] == 1
 
@@ -137,11 +142,11 @@ def verdict_row(dead, pass_1, pass_8, truncated=0.0, format=1.0):
     ],
 )
 def test_verdict(row, said):
-    assert said in run_folder.verdict(row)
+    assert said in verdict(row)
 
 
 def test_the_verdict_names_its_figures():
-    said = run_folder.verdict(verdict_row(0.3, 0.25, 0.7))
+    said = verdict(verdict_row(0.3, 0.25, 0.7))
     assert said == "will it learn? yes (groups of 8: 30% dead, pass@1 25%, pass@8 70%)"
 
 
@@ -149,9 +154,9 @@ def test_prefill_is_prompted_and_judged(tokenizer, make_config):
     task = FakeTask()
     task.prefill = "12"
     example = {"x": 4}
-    prompt, ids = grpo.encode_prompt(tokenizer, task, example)
+    prompt, ids = encode_prompt(tokenizer, task, example)
     assert prompt == "<sos>412" and ids == tokenizer("<sos>412")["input_ids"]
-    problems = [grpo.Problem(example, prompt, ids)]
+    problems = [Problem(example, prompt, ids)]
     rollouts = grpo.complete(FakeSampler(), tokenizer, task, problems, 1, make_config().sampling, 0, prefix="(")
     assert rollouts[0].text == "12(00" and rollouts[0].prompt_ids == ids + tokenizer("(")["input_ids"]
 
@@ -160,12 +165,12 @@ def test_chat_messages_go_through_the_template(tokenizer):
     task = FakeTask()
     task.prompt = lambda example: [{"role": "user", "content": "1+1"}]
     with pytest.raises(grpo.UsageError, match="no chat template"):
-        grpo.encode_prompt(tokenizer, task, {})
+        encode_prompt(tokenizer, task, {})
     tokenizer.chat_template = (
         "<sos>{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
     )
     try:
-        prompt, ids = grpo.encode_prompt(tokenizer, task, {})
+        prompt, ids = encode_prompt(tokenizer, task, {})
     finally:
         tokenizer.chat_template = None
     assert prompt == "<sos>1+1=" and ids == tokenizer("<sos>1+1=")["input_ids"]
@@ -175,16 +180,16 @@ def test_draws_depend_on_seed_and_step_and_leave_long_prompts_out(tokenizer, mak
     task = FakeTask()
     task.prompt = lambda example: "<sos>" + "1" * (1 + example["x"])
     config = make_config(max_prompt_tokens=6, prompts_per_step=50)
-    problems, too_long = grpo.draw_prompts(task, tokenizer, config, 1)
+    problems, too_long = draw_prompts(task, tokenizer, config, 1)
     assert len(problems) == 50 and max(len(p.ids) for p in problems) == 6 and too_long > 10
-    assert grpo.draw_prompts(task, tokenizer, config, 1) == (problems, too_long)
-    assert grpo.draw_prompts(task, tokenizer, config, 2)[0] != problems
-    assert grpo.draw_prompts(task, tokenizer, make_config(seed=1, max_prompt_tokens=6), 1)[0] != problems[:32]
+    assert draw_prompts(task, tokenizer, config, 1) == (problems, too_long)
+    assert draw_prompts(task, tokenizer, config, 2)[0] != problems
+    assert draw_prompts(task, tokenizer, make_config(seed=1, max_prompt_tokens=6), 1)[0] != problems[:32]
     with pytest.raises(grpo.UsageError, match="max_prompt_tokens"):
-        grpo.draw_prompts(task, tokenizer, make_config(max_prompt_tokens=1, prompts_per_step=2), 1)
+        draw_prompts(task, tokenizer, make_config(max_prompt_tokens=1, prompts_per_step=2), 1)
     task.prompt = lambda example: ""
     with pytest.raises(grpo.UsageError, match="empty"):
-        grpo.draw_prompts(task, tokenizer, make_config(), 1)
+        draw_prompts(task, tokenizer, make_config(), 1)
 
 
 def test_collect_gives_each_group_its_own_advantages(tokenizer, make_config):
@@ -213,7 +218,7 @@ def test_every_step_and_run_has_a_sampling_seed_of_its_own(tokenizer, make_confi
 def test_completions_are_never_tokenised_again(tokenizer, make_config):
     class Odd(FakeSampler):  # a row that decoding and encoding would change: an end token, and a <pad> in the middle
         def generate(self, prompts, group_size, sampling, seed):
-            return [grpo.Rollout(p, [7, 0, 7, 2], [0.0] * 4, False) for p in prompts for _ in range(group_size)]
+            return [Sample(p, [7, 0, 7, 2], [0.0] * 4, False) for p in prompts for _ in range(group_size)]
 
     rollouts, _ = grpo.collect(Odd(), tokenizer, FakeTask(), make_config(prompts_per_step=1, group_size=2), 1)
     assert rollouts[0].completion_ids == [7, 0, 7, 2]
@@ -230,7 +235,7 @@ class OddTask(FakeTask):
 def test_numbers_of_numpy_and_torch_are_numbers():
     task = OddTask()
     task.parts = dict(reward=np.float32(0.5), correct=np.bool_(True), own=torch.tensor(2.0), fraction=Fraction(1, 3))
-    parts = grpo.judge(task, "", grpo.Problem({}, "", [1]))
+    parts = judge(task, "", Problem({}, "", [1]))
     assert parts["reward"] == 0.5 and parts["correct"] is True and parts["own"] == 2.0
     json.dumps({key: parts[key] for key in ("reward", "correct", "own")})
 
@@ -251,26 +256,25 @@ def test_what_a_task_may_not_return(parts, said):
     task = OddTask()
     task.parts = parts
     with pytest.raises(grpo.UsageError, match="OddTask.reward.*prompt 'p' and the completion 't'.*" + said):
-        grpo.judge(task, "t", grpo.Problem({}, "p", [1]))
+        judge(task, "t", Problem({}, "p", [1]))
 
 
 @pytest.mark.parametrize("words, share", [([], 0.0), (["WAIT"], 0.25), (["wait", "so"], 0.5), (["wai"], 0.0)])
 def test_words_of_reflection_are_whole_words_in_any_case(words, share, make_config):
     texts = ("", "Wait, what?", "So it is 7", "await 7")
     config = make_config(group_size=2, reflection_words=words)
-    assert grpo.rollout_metrics([rollout(0.0, 3, text) for text in texts], config)["reflections"] == share
+    assert rollout_metrics([rollout(0.0, 3, text) for text in texts], config)["reflections"] == share
 
 
 def test_parts_may_be_missing_here_and_there():
     rollouts = [rollout(1.0, 2, steps=3), rollout(0.0, 2, steps=None), rollout(0.0, 2), rollout(1.0, 2, tries=4)]
-    means = grpo.part_means(rollouts)
+    means = part_means(rollouts)
     assert means == dict(correct=0.5, format=1.0, steps=3.0, tries=4.0)
 
 
 @pytest.mark.parametrize("process", [0, 1])
 def test_each_process_samples_its_own_problems_with_a_seed_of_its_own(process, tokenizer, make_config, monkeypatch):
     state = SimpleNamespace(num_processes=2, process_index=process)
-    monkeypatch.setattr(grpo, "PartialState", lambda: state)
     monkeypatch.setattr(parallel, "PartialState", lambda: state)
     monkeypatch.setattr(parallel, "join", lambda rows: rows)
     task, asked = FakeTask(), []
@@ -280,7 +284,7 @@ def test_each_process_samples_its_own_problems_with_a_seed_of_its_own(process, t
             asked.append((prompts, seed))
             return super().generate(prompts, group_size, sampling, seed)
 
-    problems = [grpo.Problem(e, *grpo.encode_prompt(tokenizer, task, e)) for e in task.eval()]
+    problems = [Problem(e, *encode_prompt(tokenizer, task, e)) for e in task.eval()]
     grpo.complete(Sampler(), tokenizer, task, problems, 2, grpo.Sampling(4), seed=5)
     ((prompts, seed),) = asked
     assert len(prompts) == 5 and all(p in [problem.ids for problem in problems] for p in prompts)
@@ -288,7 +292,7 @@ def test_each_process_samples_its_own_problems_with_a_seed_of_its_own(process, t
 
 
 def test_prompts_that_were_too_long_are_counted_in_every_draw(tokenizer, make_config, monkeypatch):
-    draw, counted = grpo.draw_prompts, []
+    draw, counted = draw_prompts, []
     monkeypatch.setattr(
         grpo, "draw_prompts", lambda *args: (draw(*args)[0], counted.append(3 + len(counted)) or counted[-1])
     )

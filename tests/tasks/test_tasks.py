@@ -12,19 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grpo
-import loading
 import tasks
-from tasks import (
-    GSM8K,
-    Countdown,
-    Math,
-    answer_block,
-    countdown_problem,
-    countdown_reward,
-    equation_value,
-    gsm8k_reward,
-    last_boxed,
-)
+from tasks import load_task
+from tasks.competition_math import Math, last_boxed
+from tasks.countdown import Countdown, countdown_problem, countdown_reward, equation_value
+from tasks.gsm8k import GSM8K, gsm8k_reward
+from tasks.tags import answer_block
 
 PROBLEM = {"nums": [44, 19, 35], "target": 98}
 
@@ -400,7 +393,7 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
 @pytest.mark.parametrize("name", ["countdown", "gsm8k", "math"])
 def test_grpo_finds_the_tasks_by_name(name, tmp_path):
     with pytest.raises(grpo.UsageError, match="its arguments: .*dataset"):
-        loading.load_task(name, {"data": "x"})
+        load_task(name, {"data": "x"})
 
 
 @pytest.mark.parametrize(

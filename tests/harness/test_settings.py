@@ -24,10 +24,13 @@ from conftest import pass_flags
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from tqdm import tqdm
 
 import grpo
-import trackers
+from harness import trackers
+from harness.metrics import RESERVED
 from mathformer.train import build_model
+from tasks import REWARD_KEYS
 
 # A task whose rewards a random model can get: the parity of the answer's length. `dead` pays nothing to some prompts.
 TASK = """
@@ -172,9 +175,7 @@ def watched(argv: list[str], sampler_off: float, patch: pytest.MonkeyPatch) -> S
 
     def watch_generate(self, prompts, group_size, sampling, seed):
         found = generate(self, prompts, group_size, sampling, seed)
-        for r in found:
-            r.logps = [logp + sampler_off for logp in r.logps]
-        return found
+        return [sample._replace(logps=[logp + sampler_off for logp in sample.logps]) for sample in found]
 
     def watch_rows(self, prompts, group_size, *args):
         sampled.append(len(prompts) * group_size)
@@ -195,7 +196,7 @@ def watched(argv: list[str], sampler_off: float, patch: pytest.MonkeyPatch) -> S
     patch.setattr(grpo.TorchSampler, "_generate", watch_rows)
     patch.setattr(grpo, "train", lambda config: found.setdefault("result", train(config)))
     patch.setattr("builtins.print", lambda *args, **kwargs: printed.append(" ".join(map(str, args))))
-    patch.setattr(grpo.tqdm, "write", printed.append)
+    patch.setattr(tqdm, "write", printed.append)
     AcceleratorState._reset_state(reset_partial_state=True)  # a process has one precision
     hooks = [register_module_forward_hook(watch_linear), register_module_forward_pre_hook(watch_layers)]
     try:
@@ -658,11 +659,11 @@ def test_a_setting_changes_what_it_says_and_nothing_else(case, seen, stands):
 
 # What one run beside another cannot show is tested in functions of their own.
 ELSEWHERE = {
-    "trust_remote_code": "test_reliability.py::test_code_of_a_model_is_not_run_unless_asked",
-    "kv_cache_gb": "test_vllm.py::test_settings_of_vllm_reach_it",
-    "vllm_sleep": "test_vllm.py::test_settings_of_vllm_reach_it",
-    "project": "test_settings.py::test_a_tracker_is_told_the_project_and_the_name_of_the_run",
-    "run_name": "test_settings.py::test_a_tracker_is_told_the_project_and_the_name_of_the_run",
+    "trust_remote_code": "harness/test_reliability.py::test_code_of_a_model_is_not_run_unless_asked",
+    "kv_cache_gb": "harness/test_vllm.py::test_settings_of_vllm_reach_it",
+    "vllm_sleep": "harness/test_vllm.py::test_settings_of_vllm_reach_it",
+    "project": "harness/test_settings.py::test_a_tracker_is_told_the_project_and_the_name_of_the_run",
+    "run_name": "harness/test_settings.py::test_a_tracker_is_told_the_project_and_the_name_of_the_run",
     "resume": "test_run.py::test_interrupted_and_resumed_equals_uninterrupted",
 }
 
@@ -674,7 +675,7 @@ def test_every_setting_has_a_test():
     )
     for place in ELSEWHERE.values():
         file, _, test = place.partition("::")
-        assert f"\ndef {test}(" in (Path(__file__).parent / file).read_text(), place
+        assert f"\ndef {test}(" in (Path(__file__).parents[1] / file).read_text(), place
 
 
 @pytest.mark.parametrize("choice, said", [("device=cuda", "no device 'cuda'"), ("sampler=vllm", "is not installed")])
@@ -686,7 +687,7 @@ def test_what_is_not_there_is_refused(choice, said, seen):
 
 
 class Tracker:
-    """Stands for accelerate's trackers; a real one is in tests/test_see_the_run.py."""
+    """Stands for accelerate's trackers; a real one is in tests/view/test_see_the_run.py."""
 
     made: list["Tracker"] = []
     name = "wandb"
@@ -834,4 +835,4 @@ def test_no_part_of_a_task_can_have_a_name_of_the_runs_own(seen):
     run, logged = seen(), set()
     for name in ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl", "eval-0.jsonl"):
         logged |= set().union(*run.rows(name))
-    assert logged - set(grpo.REWARD_KEYS) == grpo.RESERVED
+    assert logged - set(REWARD_KEYS) == RESERVED

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 NO_PROGRAMS = {"leaky_task"}
 ONE_RUN = ["--steps", "1", "--jobs", "1"]

@@ -8,7 +8,7 @@ import transformers
 from conftest import row_logps
 
 import grpo
-import loading
+from harness import loading
 from mathformer import MathformerConfig, MathformerForCausalLM
 from mathformer.model import MixtureOfExperts, alibi_slopes, load_balancing_loss
 from mathformer.tokenizer import VOCABULARY

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-HERE = Path(__file__).resolve().parent.parent / "notebooks"
+HERE = Path(__file__).resolve().parents[2] / "notebooks"
 sys.path.insert(0, str(HERE))
 
 import build  # noqa: E402

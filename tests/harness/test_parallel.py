@@ -13,15 +13,14 @@ import pytest
 import several_processes
 import torch
 
-import loading
-import parallel
-from settings import UsageError
+from harness import loading, parallel
+from harness.settings import UsageError
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--config_file"]
 DEEPSPEED = pytest.param("deepspeed_zero2", marks=pytest.mark.slow)  # compiles an operator: 40 s on a new machine
 SMALL = dict(task_args='{"eval_size": 40}', eval_samples=2, prompts_per_step=5, max_completion_tokens=24, save_steps=2)
 SMALL |= dict(lr_schedule="constant")  # with another, a run that is resumed cannot get more steps
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": ".:tests"}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": ".:tests:tests/harness"}
 
 
 def command_line(kind: str, script: str, *arguments: str) -> list[str]:
@@ -52,7 +51,7 @@ def rows(folder: Path, name: str) -> list[dict]:
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", DEEPSPEED])
 def test_two_processes_train_as_one(kind, tmp_path):
     cases = [case for case in several_processes.CASES if kind == "ddp" or case not in several_processes.WHOLE_ONLY]
-    done = launch(kind, "tests/several_processes.py", str(tmp_path / "two.pt"), "fp32", *cases)
+    done = launch(kind, "tests/harness/several_processes.py", str(tmp_path / "two.pt"), "fp32", *cases)
     assert not done.returncode, done.stderr[-3000:]
     two = torch.load(tmp_path / "two.pt")
     assert two.pop("kind") == {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "deepspeed_zero2": "DEEPSPEED"}[kind]
@@ -80,7 +79,7 @@ def test_two_processes_train_as_one(kind, tmp_path):
 
 def test_log_probs_of_a_sharded_policy_in_bf16_are_not_rounded_to_it(tmp_path):
     """accelerate's own setting for FSDP2 rounds what comes out of the policy."""
-    done = launch("fsdp2", "tests/several_processes.py", str(tmp_path / "two.pt"), "bf16", "uneven shares")
+    done = launch("fsdp2", "tests/harness/several_processes.py", str(tmp_path / "two.pt"), "bf16", "uneven shares")
     assert not done.returncode, done.stderr[-3000:]
     found = torch.load(tmp_path / "two.pt")["uneven shares"]
     logps = torch.tensor(sum(found["logps"], []))

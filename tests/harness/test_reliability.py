@@ -16,9 +16,11 @@ from kill_and_resume import run as kill_and_resume
 from safetensors.torch import load_file
 
 import grpo
-import loading
-import run_folder
-from run_folder import Alarms, RunFolder, time_limit
+from harness import loading, run_folder
+from harness.metrics import Alarms
+from harness.run_folder import RunFolder
+from harness.terminal import show_groups
+from tasks import time_limit
 
 SETTINGS = dict(prompts_per_step=2, group_size=4, max_completion_tokens=8, max_prompt_tokens=20, lr=1e-3)
 SETTINGS |= dict(eval_samples=2, steps=6, save_steps=2, eval_steps=0)
@@ -79,7 +81,7 @@ def rows(folder: Path, name: str) -> list[dict]:
 
 
 def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
-    """`python tests/kill_and_resume.py` does this with 20 kills."""
+    """`python tests/harness/kill_and_resume.py` does this with 20 kills."""
     assert kill_and_resume(kills=3, steps=16, seed=1, folder=tmp_path) == []
 
 
@@ -355,7 +357,7 @@ def test_what_a_model_wrote_cannot_move_the_cursor(capsys):
         grpo.Rollout([1], [5], [0.0], False, f"p\x1b[2J{i}", "t\x1b]0;x\x07\r\n", dict(correct=float(i % 2)))
         for i in range(4)
     ]
-    run_folder.show_groups(1, rollouts, 2)
+    show_groups(1, rollouts, 2)
     out = capsys.readouterr().out
     assert "\x1b" not in out and "\x07" not in out and "\r" not in out and "\\x1b[2J" in out
 

@@ -10,8 +10,9 @@ import torch
 import transformers
 
 import grpo
-import loading
-from loading import choose_sampler
+from harness import loading
+from harness.loading import choose_sampler
+from tasks import load_task
 
 QWEN = transformers.Qwen2Config()
 
@@ -72,13 +73,13 @@ def test_the_task_of_the_readme_runs(qwen3_folder, tmp_path, monkeypatch):
     command[command.index("--model") + 1] = qwen3_folder
     config = grpo.parse_config([*command, "--steps", "1", "--eval_samples", "1", "--prompts_per_step", "2"])
     assert (grpo.train(config)["run"] / "final").is_dir()
-    task = loading.load_task(config.task, config.task_args)
+    task = load_task(config.task, config.task_args)
     assert task.eval() == rows[:50] and task.train(random.Random(0), 1) in rows[50:]
     assert task.reward(" Paris.\n", rows[0])["reward"] == 1 and task.reward("no idea", rows[0])["reward"] == 0
 
 
 def test_a_model_that_comes_with_the_project_is_found_from_anywhere(tmp_path, monkeypatch):
-    here = Path(loading.__file__).resolve().parent
+    here = Path(loading.__file__).resolve().parents[1]
     monkeypatch.chdir(tmp_path)
     assert loading.local_name("mathformer/pretrained") == str(here / "mathformer" / "pretrained")
     assert loading.load_model("mathformer/pretrained")[0].config.model_type == "mathformer"

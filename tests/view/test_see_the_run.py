@@ -14,14 +14,15 @@ import yaml
 from conftest import PRETRAINED
 
 import grpo
-import loading
-import model_card
-import play
-import run_folder
-import trackers
+from harness import loading, model_card, run_folder, trackers
+from harness.evaluation import evaluation_table
+from harness.settings import UsageError
+from harness.terminal import announce, show_group, show_groups
 from mathformer import ArithmeticTask
-from settings import UsageError
-from tasks import GSM8K, Countdown
+from tasks import load_task
+from tasks.countdown import Countdown
+from tasks.gsm8k import GSM8K
+from view import play
 
 
 def rows(folder: Path, name: str) -> list[dict]:
@@ -184,7 +185,7 @@ def group(*rewards: float, text="short") -> list[grpo.Rollout]:
 
 def test_whole_groups_are_shown_mixed_ones_first(capsys):
     mixed = group(0.0, 1.0, text="a" * 150 + "b" * 1000 + "c" * 150)
-    run_folder.show_groups(7, group(0.0, 0.0) + mixed + group(1.0, 1.0), 2)
+    show_groups(7, group(0.0, 0.0) + mixed + group(1.0, 1.0), 2)
     first, *lines = capsys.readouterr().out.strip().splitlines()
     assert first == "step 7, 1 of 2 right: question (0.0, 1.0)"
     assert lines[0].startswith("   1       reward  0.00 advantage -0.50  aaa")
@@ -276,7 +277,7 @@ def test_typed_problems():
 
 
 def test_a_typed_problem_of_mathematics():
-    from tasks import Math
+    from tasks.competition_math import Math
 
     math = Math.__new__(Math)
     math.unreadable = set()
@@ -288,7 +289,7 @@ def test_a_typed_problem_of_mathematics():
 
 
 def math_is_right(example: dict, text: str) -> bool:
-    from tasks import math_reward
+    from tasks.competition_math import math_reward
 
     return math_reward(text, example)["correct"] == 1
 
@@ -306,7 +307,7 @@ def test_the_contract_says_typed_is_optional():
 def test_the_first_line_names_the_processes(processes, said, make_config, capsys):
     kind = SimpleNamespace(value="MULTI_CPU" if processes > 1 else "NO")
     accelerator = SimpleNamespace(num_processes=processes, distributed_type=kind, device=torch.device("cpu"))
-    run_folder.announce(make_config(), Path("runs/x"), torch.nn.Linear(2, 3), accelerator, Path("runs/x/checkpoint-7"))
+    announce(make_config(), Path("runs/x"), torch.nn.Linear(2, 3), accelerator, Path("runs/x/checkpoint-7"))
     out = capsys.readouterr().out
     assert f", lr 1e-06, {said} \nrun folder: runs/x\ngoing on from runs/x/checkpoint-7\n" in out
 
@@ -318,7 +319,7 @@ def test_before_and_after_side_by_side():
             found |= {key: accuracy, f"{key}_low": accuracy - 0.05, f"{key}_high": accuracy + 0.05}
         return found | more
 
-    table = run_folder.evaluation_table([row(0, 0.25, accuracy_worked=0.75, worked=0.1), row(3, 0.5, worked=0.9)])
+    table = evaluation_table([row(0, 0.25, accuracy_worked=0.75, worked=0.1), row(3, 0.5, worked=0.9)])
     assert [line.split() for line in table.splitlines()] == [
         ["before", "after", "3", "steps"],
         ["greedy", "accuracy", "25.0%", "[20.0,", "30.0]", "50.0%", "[45.0,", "55.0]"],
@@ -336,7 +337,7 @@ def test_the_group_that_is_shown_first_is_one_to_learn_from(capsys):
     for r in rollouts[:2]:
         r.dead = True
     words = SimpleNamespace(convert_ids_to_tokens=lambda ids: [f"<{i}>" for i in ids])
-    run_folder.show_group(rollouts, [0.1, 0.2, 0.3, 0.4], words, 2)
+    show_group(rollouts, [0.1, 0.2, 0.3, 0.4], words, 2)
     out = capsys.readouterr().out
     assert "completions of question (0.0, 1.0)" in out
     table = [line.split() for line in out.splitlines()[-2:]]
@@ -365,7 +366,7 @@ def test_a_run_is_played_as_it_was_trained(run, monkeypatch, capsys):
     """Its task with all arguments, its sampling; and only samples count as samples."""
     task_args = dict(eval_size=4, max_depth=2)
     folder = run(temperature=0.5, top_k=3, task_args=task_args, reward_seconds=5.0, steps=2, save_steps=1)
-    loaded, sampled, load, complete = [], [], loading.load_task, grpo.complete
+    loaded, sampled, load, complete = [], [], load_task, grpo.complete
 
     def answer(sampler, tokenizer, task, problems, group_size, sampling, *args):
         sampled.append(sampling)

@@ -1,7 +1,7 @@
 """Kills a run with SIGKILL at random moments, resumes it each time, and compares it with one that was never killed.
 
-    python tests/kill_and_resume.py                 20 kills, some minutes
-    python tests/kill_and_resume.py --kills 3       what the test suite does
+    python tests/harness/kill_and_resume.py                 20 kills, some minutes
+    python tests/harness/kill_and_resume.py --kills 3       what the test suite does
 
 Every other kill waits for a checkpoint that is just being written. At the end weights, optimizer, rollouts,
 evaluations and metrics (but times and memory) must be equal to the last bit. Ends with 1 otherwise.
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NOT_REPEATABLE = {"seconds_sample", "seconds_train", "seconds_sync", "tokens_per_second", "peak_memory"}
 
 

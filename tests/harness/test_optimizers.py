@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 import grpo
-import optimizers
-from optimizers import OffloadedAdamW, load_moments, make_optimizer, packed_moments
-from run_folder import RunFolder
-from settings import UsageError
+from harness import optimizers
+from harness.optimizers import OffloadedAdamW, load_moments, make_optimizer, packed_moments
+from harness.run_folder import RunFolder
+from harness.settings import UsageError
 
 pytestmark = pytest.mark.usefixtures("no_compile")
 SMALL = ["adamw_8bit", "adamw_offload"]

@@ -1,7 +1,7 @@
 """Attacks the verifiers with random answers, and compares each verdict with an independent judge.
 
-    python tests/fuzz_verifiers.py                  100,000 answers, half a minute
-    python tests/fuzz_verifiers.py --answers 3000   what the test suite does
+    python tests/tasks/fuzz_verifiers.py                  100,000 answers, half a minute
+    python tests/tasks/fuzz_verifiers.py --answers 3000   what the test suite does
 
 No answer may raise, be judged otherwise than by the judge, or take long: 99.9 % must take under 1 ms of CPU time and
 none over 20 ms. Ends with 1 otherwise.
@@ -15,9 +15,10 @@ from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tasks import countdown_reward, gsm8k_reward  # noqa: E402
+from tasks.countdown import countdown_reward  # noqa: E402
+from tasks.gsm8k import gsm8k_reward  # noqa: E402
 
 JUNK = ["**", "//", "_", ".5", "e3", "0x1F", "٣", "３", "×", "÷", "−", "=", "#", "\\", "__import__('os')", "\x00", "½"]
 JUNK += ["²", ",", "()", "<answer>", "</answer>", "<think>", "</think>", "1if", "lambda:", "\u200b", "\n", "\r", "NaN"]

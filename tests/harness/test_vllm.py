@@ -14,11 +14,15 @@ import transformers
 from accelerate.state import AcceleratorState
 from conftest import largest_difference, updated
 
+from harness.batching import policy_inputs
+from harness.prompts import Problem
+from harness.vllm_sampler import VLLMSampler, check_sampler, logp_gap
+
 if not os.environ.get("REQUIRE_VLLM"):
     pytest.importorskip("vllm")
 
 import grpo  # noqa: E402
-import loading
+from harness import loading
 from mathformer import ArithmeticTask  # noqa: E402
 from mathformer.train import build_model  # noqa: E402
 
@@ -58,13 +62,13 @@ def config(folder, tmp_path):
 
 def largest_gap(model, rollouts) -> float:
     with torch.no_grad():
-        logps, _ = grpo.Policy(model)(**grpo.policy_inputs(rollouts, "cpu"))
+        logps, _ = grpo.Policy(model)(**policy_inputs(rollouts, "cpu"))
     return max((logps[i, : r.length] - torch.tensor(r.logps)).abs().max().item() for i, r in enumerate(rollouts))
 
 
 def test_vllm_samples_from_the_model_before_and_after_updates(folder, config):
     model, _ = loading.load_model(folder)
-    sampler = grpo.VLLMSampler(folder, model, [2], config, bf16=False)
+    sampler = VLLMSampler(folder, model, [2], config, bf16=False)
     rollouts = sampler.generate(PROMPTS, 16, grpo.Sampling(24), seed=3)
     assert [r.prompt_ids for r in rollouts] == [p for p in PROMPTS for _ in range(16)]
     assert largest_gap(model, rollouts) < 1e-3
@@ -81,7 +85,7 @@ def test_vllm_samples_from_the_model_before_and_after_updates(folder, config):
     # the policy's own distribution at another temperature
     warm = sampler.generate(PROMPTS, 4, grpo.Sampling(8, temperature=0.7), seed=3)
     with torch.no_grad():
-        logps, _ = grpo.Policy(model, 0.7)(**grpo.policy_inputs(warm, "cpu"))
+        logps, _ = grpo.Policy(model, 0.7)(**policy_inputs(warm, "cpu"))
     assert all(torch.allclose(logps[i, : r.length], torch.tensor(r.logps), atol=1e-3) for i, r in enumerate(warm))
 
     with torch.no_grad():
@@ -101,7 +105,7 @@ def test_settings_of_vllm_reach_it(folder, config):
         found = {}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(vllm, "LLM", lambda folder, **more: found.update(more, folder=folder))
-            grpo.VLLMSampler(folder, model, [2], replace(config, **settings), settings.get("precision") == "bf16")
+            VLLMSampler(folder, model, [2], replace(config, **settings), settings.get("precision") == "bf16")
         return found
 
     model, _ = loading.load_model(folder)
@@ -118,7 +122,7 @@ def test_settings_of_vllm_reach_it(folder, config):
         other = asked(**settings)
         assert {key for key in plain if other[key] != plain[key]} == {name} and other[name] == value
     # and what is asked for is what the engine takes
-    sampler = grpo.VLLMSampler(folder, model, [2], replace(config, kv_cache_gb=0.2), bf16=False)
+    sampler = VLLMSampler(folder, model, [2], replace(config, kv_cache_gb=0.2), bf16=False)
     engine = sampler.llm.llm_engine.vllm_config
     assert engine.cache_config.kv_cache_memory_bytes == 200_000_000
     assert engine.model_config.max_model_len == 160 + 24 + 32
@@ -132,7 +136,7 @@ def test_a_completion_that_ends_at_once_is_its_end_of_sequence_token(folder, con
         hidden = model.base_model(torch.tensor([PROMPTS[0]])).last_hidden_state[0, -1]
         model.lm_head.weight.zero_()
         model.lm_head.weight[2] = 50 * hidden / hidden.square().sum()
-    sampler = grpo.VLLMSampler(folder, model, [2], config, bf16=False)
+    sampler = VLLMSampler(folder, model, [2], config, bf16=False)
     sampler.sync()
     for rollouts in (
         sampler.generate(PROMPTS[:1], 4, grpo.Sampling(24), seed=0),
@@ -141,7 +145,7 @@ def test_a_completion_that_ends_at_once_is_its_end_of_sequence_token(folder, con
         assert [(r.completion_ids, r.truncated) for r in rollouts] == [([2], False)] * 4
         assert largest_gap(model, rollouts) < 1e-3
     task = StartsWithSeven()
-    problem = grpo.Problem({"prompt": "1+"}, "1+", PROMPTS[0])
+    problem = Problem({"prompt": "1+"}, "1+", PROMPTS[0])
     empty = grpo.complete(sampler, tokenizer, task, [problem], 2, grpo.Sampling(24), seed=0)
     assert [(r.text, r.length, r.reward) for r in empty] == [("", 1, 0.0)] * 2
 
@@ -150,7 +154,7 @@ def test_a_completion_that_ends_at_once_is_its_end_of_sequence_token(folder, con
 def test_a_sampler_that_sleeps_is_given_its_weights_before_its_cache(folder, config, monkeypatch):
     """A CPU build of vLLM cannot sleep: what is tested here is the order of the calls."""
     model, _ = loading.load_model(folder)
-    sampler = grpo.VLLMSampler(folder, model, [2], config, bf16=False)
+    sampler = VLLMSampler(folder, model, [2], config, bf16=False)
     calls, rpc, reset = [], sampler.llm.collective_rpc, sampler.llm.reset_prefix_cache
     monkeypatch.setattr(sampler.llm, "sleep", lambda level: calls.append(f"sleep {level}"))
     monkeypatch.setattr(sampler.llm, "wake_up", lambda tags: calls.append(f"wake {tags}"))
@@ -182,13 +186,13 @@ def test_sleep_without_a_gpu_and_a_missing_gpu_are_one_line(folder, config, monk
 
 def self_test(sampler, model, accelerator, config) -> None:
     policy = grpo.Policy(model)
-    loading.check_sampler(sampler, policy, PROMPTS, partial(grpo.logp_gap, policy, accelerator, config), config)
+    check_sampler(sampler, policy, PROMPTS, partial(logp_gap, policy, accelerator, config), config)
 
 
 def test_the_self_test_passes_and_leaves_the_model_as_it_was(folder, config, accelerator):
     model, _ = loading.load_model(folder)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    sampler = grpo.VLLMSampler(folder, model, [2], config, bf16=False)
+    sampler = VLLMSampler(folder, model, [2], config, bf16=False)
     self_test(sampler, model, accelerator, config)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert largest_gap(model, sampler.generate(PROMPTS, 4, grpo.Sampling(24), seed=3)) < 1e-3
@@ -200,7 +204,7 @@ def test_the_self_test_passes_and_leaves_the_model_as_it_was(folder, config, acc
 @pytest.mark.parametrize("folder", ["qwen2 tied", "qwen2"], indirect=True)
 def test_the_self_test_catches(fault, folder, config, accelerator, monkeypatch):
     model, _ = loading.load_model(folder)
-    sampler = grpo.VLLMSampler(folder, model, [2], config, bf16=False)
+    sampler = VLLMSampler(folder, model, [2], config, bf16=False)
     if fault == "nothing is synced":
         monkeypatch.setattr(sampler, "sync", lambda: None)
     elif fault == "prefix cache":
@@ -234,7 +238,7 @@ def test_a_run_with_vllm_repeats_resumes_and_agrees_with_its_trainer(config, mon
     shutil.rmtree(whole["run"] / "checkpoint-4")
     grpo.train(grpo.parse_config(["--resume", str(whole["run"])]))
     assert rows("rollouts.jsonl") == rollouts
-    final = grpo.VLLMSampler(
+    final = VLLMSampler(
         str(whole["run"] / "final"), loading.load_model(str(whole["run"] / "final"))[0], [2], config, False
     )
     assert largest_gap(final.model, final.generate(PROMPTS, 4, grpo.Sampling(8), seed=0)) < 1e-3
@@ -244,9 +248,10 @@ def test_a_run_with_vllm_repeats_resumes_and_agrees_with_its_trainer(config, mon
 def test_the_gradient_is_that_of_the_torch_sampler(folder, config, accelerator):
     """Of the same completions, with the log-probs of the one and of the other."""
     model, _ = loading.load_model(folder)
-    rollouts = grpo.VLLMSampler(folder, model, [2], config, bf16=False).generate(PROMPTS, 8, grpo.Sampling(24), seed=3)
+    samples = VLLMSampler(folder, model, [2], config, bf16=False).generate(PROMPTS, 8, grpo.Sampling(24), seed=3)
+    rollouts = [grpo.Rollout(*sample) for sample in samples]
     with torch.no_grad():
-        logps, _ = grpo.Policy(model)(**grpo.policy_inputs(rollouts, "cpu"))
+        logps, _ = grpo.Policy(model)(**policy_inputs(rollouts, "cpu"))
     for i, r in enumerate(rollouts):
         r.advantage = (-1.0) ** i
     _, by_vllm = updated(model, rollouts, config, accelerator)

@@ -11,10 +11,8 @@ import transformers
 from accelerate.utils import DistributedType
 
 import grpo
-import loading
-import memory
-import optimizers
-from memory import Shape, Spread
+from harness import loading, memory, optimizers
+from harness.memory import Shape, Spread
 
 SHAPE = dict(vocab_size=101, hidden_size=96, intermediate_size=288, num_attention_heads=6, num_key_value_heads=2)
 CONFIGS = {
