@@ -136,7 +136,7 @@ class TorchSampler:
         mask = torch.tensor(mask, device=self.device)  # [P, L]
         logits, cache = self._forward(torch.tensor(ids, device=self.device), mask, None)  # [P, V]
         if logits.isnan().any():
-            raise UsageError("the model's logits are NaN: go back to a checkpoint, with a lower lr")
+            raise UsageError("the logits are not numbers: it has diverged. Go back, or lower lr")
         cache.batch_repeat_interleave(group_size)
         kv_cache.make_room(cache)
         logits = logits.repeat_interleave(group_size, 0)  # [B, V]

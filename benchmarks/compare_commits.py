@@ -76,6 +76,7 @@ def main() -> None:
         folders = [Path(name) / side for side in ("one", "other")]
         codes = [checked_out(commit, folder) for commit, folder in zip(options.commits, folders, strict=True)]
         try:
+            print("| run | log | rows | |\n| --- | --- | --- | --- |")
             for title, flags in RUNS.items():
                 if options.only not in title:
                     continue
@@ -88,7 +89,7 @@ def main() -> None:
                     one, other = (rows_of(out, log) for out in outs)
                     found = difference(one, other)
                     differ += bool(found)
-                    print(f"{title:32} {log:16} {len(one):6} rows: {found or 'equal'}", flush=True)
+                    print(f"| {title} | {log} | {len(one):,} | {found or 'equal'} |", flush=True)
         finally:
             for code in codes:
                 if code != HERE:

@@ -32,10 +32,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 sys.path.insert(0, str(ROOT))
 PARTS = {
-    "drawing prompts": ["draw_prompts"],
+    "drawing prompts": ["grpo.draw_prompts"],
     "sampling": ["grpo.TorchSampler.generate"],
     "decoding": ["grpo.complete"],
-    "scoring (the task's reward)": ["judge"],
+    "scoring (the task's reward)": ["grpo.judge"],
     "log-probs": ["grpo.Policy.forward"],
     "loss and its metrics": ["grpo.batch_loss"],
     "backward": ["accelerate.Accelerator.backward"],

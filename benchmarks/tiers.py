@@ -21,10 +21,9 @@ from statistics import fmean
 
 import transformers
 from arithmetic_seeds import ROOT
+from compare_variants import run
 from mathformer_vs_bloom import bloom_of
 from step_time import origin
-
-from variants import run
 
 sys.path.insert(0, str(ROOT))
 from harness import loading, memory

@@ -6,6 +6,7 @@ python notebooks/build.py             notebooks/NN_name.ipynb, without outputs
 python notebooks/build.py --solved    notebooks/solved/NN_name.ipynb: answers put in, executed, outputs kept
 """
 
+import ast
 import html
 import inspect
 import re
@@ -63,11 +64,14 @@ def solve(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         found = EXERCISE.search(cell.source)
         if cell.cell_type == "code" and found:
             answer = workshop.answer(found[1])
-            home = inspect.getmodule(answer)
-            used = [name for name in answer.__code__.co_names if hasattr(home, name)]
-            used = sorted(name for name in set(used) if not isinstance(getattr(home, name), ModuleType))
-            imports = f"from {home.__name__} import {', '.join(used)}\n\n\n" if used else ""
-            cell.source = imports + inspect.getsource(answer).strip()
+            home, source = inspect.getmodule(answer), inspect.getsource(answer).strip()
+            names = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+            imports: dict[str, list[str]] = {}
+            for name, value in sorted((name, vars(home)[name]) for name in names if name in vars(home)):
+                if not isinstance(value, ModuleType):
+                    imports.setdefault(getattr(value, "__module__", home.__name__), []).append(name)
+            lines = [f"from {module} import {', '.join(used)}\n" for module, used in sorted(imports.items())]
+            cell.source = "".join(lines) + "\n\n" * bool(lines) + source
     return notebook
 
 

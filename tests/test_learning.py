@@ -1,6 +1,7 @@
 """The default run learns: a short one on two seeds here, all of it behind `-m slow`."""
 
 import json
+from pathlib import Path
 
 import pytest
 from conftest import PRETRAINED
@@ -33,7 +34,7 @@ def test_the_base_can_work_but_mostly_does_not(tmp_path):
 
 
 def test_the_shipped_checkpoint_is_small():
-    size = sum(path.stat().st_size for path in grpo.Path(PRETRAINED).iterdir())
+    size = sum(path.stat().st_size for path in Path(PRETRAINED).iterdir())
     assert size < 2_000_000
 
 

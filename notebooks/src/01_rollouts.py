@@ -23,8 +23,6 @@ import math
 import re
 
 import torch
-from harness.batching import pad
-from tasks import load_task
 import viz
 from IPython.display import HTML, display
 from matplotlib import pyplot as plt
@@ -33,7 +31,9 @@ from workshop import check, compare, predict
 # %%
 import grpo
 from harness import loading
+from harness.batching import pad
 from harness.settings import PRESET, parse_config
+from tasks import load_task
 
 
 # %% [markdown]

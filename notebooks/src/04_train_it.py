@@ -20,9 +20,6 @@ sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "notebooks")) if p not in sys.
 import random
 
 import torch
-from harness.batching import microbatches, pad, policy_inputs
-from harness.metrics import rollout_metrics
-from tasks import load_task
 import viz
 from IPython.display import clear_output, display
 from workshop import check, compare, predict
@@ -31,6 +28,9 @@ from workshop import check, compare, predict
 import experiments
 import grpo
 from harness import loading
+from harness.batching import microbatches, pad, policy_inputs
+from harness.metrics import rollout_metrics
+from tasks import load_task
 
 STEPS, SEED = 60, 0  # take another seed than your neighbour
 # %% [markdown]

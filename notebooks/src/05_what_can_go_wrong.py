@@ -20,9 +20,6 @@ sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "notebooks")) if p not in sys.
 import math
 
 import torch
-from harness.evaluation import pass_at_k
-from harness.prompts import draw_prompts
-from tasks import load_task
 import torch.nn.functional as F
 import viz
 from IPython.display import clear_output
@@ -31,9 +28,12 @@ from workshop import compare, predict
 
 import experiments
 import grpo
-from harness import loading
 from experiments import recorded
+from harness import loading
+from harness.evaluation import pass_at_k
+from harness.prompts import draw_prompts
 from harness.settings import PRESET, Sampling, parse_config
+from tasks import load_task
 
 SEED = 0  # take another seed than your neighbour
 

@@ -25,11 +25,11 @@ from workshop import check, compare, predict
 
 # %%
 import experiments
-from harness import loading
 from exercises import EXPLOITS, PROBLEM
 from experiments import recorded
 from mathformer import ArithmeticTask
 from mathformer.task import COMPLETION  # the pattern (<scratchpad>steps)?<answer>answer, for your answer
+from harness import loading
 from harness.settings import PRESET, parse_config
 
 SEED = 0  # take another seed than your neighbour

@@ -26,8 +26,7 @@ from IPython.display import display
 from matplotlib import pyplot as plt
 from workshop import compare, predict
 
-from harness import loading
-from harness import memory
+from harness import loading, memory
 from harness.settings import parse_config
 
 RUN = ROOT / "benchmarks" / "results" / "long_run"  # or the folder of a run of yours: ROOT / "runs" / ...

@@ -26,6 +26,7 @@ ONE_RUN = ["--steps", "1", "--jobs", "1"]
 SMALLEST = {
     "against_trl": (["--tiny", "--pairs", "1", "--steps", "4", "--out", "OUT/a.md"], ["a.md"]),
     "arithmetic_seeds": (["--seeds", "0", "--steps", "1", "--out", "OUT/a.md"], ["a.md", "arithmetic_seed0.png"]),
+    "compare_commits": ([".", ".", "--only", "maxrl"], []),
     "failures": ([*ONE_RUN, "--only", "healthy", "--out", "OUT/f.md"], ["f.md"]),
     "gpu": (["--tiny", "--steps", "1", "--out", "OUT"], ["gpu_tiny.json", "gpu_tiny.md"]),
     "long_run": (
@@ -44,7 +45,10 @@ SMALLEST = {
     "step_time": (["--tiny", "--out", "OUT/s.md"], ["s.md"]),
     "tiers": ([*ONE_RUN, "--seeds", "0", "--tiers", "gradient checkpointing", "--out", "OUT/t.md"], ["t.md"]),
     "time_to_accuracy": (["--turns", "1", "--steps", "1", "--out", "OUT/t.md"], ["t.md"]),
-    "variants": ([*ONE_RUN, "--seeds", "0", "--variants", "the defaults", "--out", "OUT/v.md"], ["v.md", "v.png"]),
+    "compare_variants": (
+        [*ONE_RUN, "--seeds", "0", "--variants", "the defaults", "--out", "OUT/v.md"],
+        ["v.md", "v.png"],
+    ),
     "workshop": ([*ONE_RUN, "--seeds", "0", "--arms", "base", "--out", "OUT/w.md"], ["w.md", "w.jsonl"]),
 }
 SETTINGS = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -150,6 +154,17 @@ def test_a_benchmark_runs(script, python, tmp_path):
     if not files:
         assert "| --- |" in done.stdout, said
     assert contents(BENCHMARKS / "results") == recorded
+
+
+def test_two_commits_that_compute_something_else_are_told_apart(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from compare_commits import difference
+
+    row = {"step": 1, "reward": 0.5}
+    assert difference([row, row], [row, dict(row)]) == ""
+    assert difference([row], [row, row]) == "1 and 2 rows"
+    assert difference([row, row], [row, row | {"reward": 0.25}]) == "row 2, reward: 0.5 and 0.25"
+    assert difference([row], [row | {"loss": 0.0}]) == "row 1 has other keys"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ Writes to OUT, for each case, the weights after three updates, the metrics of th
 import sys
 
 import torch
+from accelerate import PartialState
 from conftest import SHAPE, other_model, random_rollouts
 
 import grpo
@@ -66,7 +67,7 @@ if __name__ == "__main__":
     out, precision, *cases = sys.argv[1:]
     torch.compiler.set_stance("force_eager")  # as the fixture no_compile
     found = results(cases, precision)
-    state = grpo.PartialState()
+    state = PartialState()
     assert state.num_processes == 2
     if state.is_main_process:
         torch.save(found | {"kind": state.distributed_type.value}, out)

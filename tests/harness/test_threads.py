@@ -8,7 +8,8 @@ import pytest
 from conftest import PRETRAINED
 
 CODE = f"""
-import os, torch, transformers, loading
+import os, torch, transformers
+from harness import loading
 tiny, larger = loading.load_model({PRETRAINED!r})[0], torch.nn.Linear(1000, 1000)
 for model, asked in ((tiny, None), (larger, None), (tiny, "2")):
     torch.set_num_threads(3)

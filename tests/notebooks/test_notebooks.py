@@ -10,6 +10,7 @@ import torch
 HERE = Path(__file__).resolve().parents[2] / "notebooks"
 sys.path.insert(0, str(HERE))
 
+import answers  # noqa: E402
 import build  # noqa: E402
 import experiments  # noqa: E402
 import nbformat  # noqa: E402
@@ -188,6 +189,14 @@ def test_what_notebook_5_says_of_its_arms(of, seed):
 @pytest.mark.parametrize("name, mistake", MISTAKES)
 def test_a_classic_mistake_is_named(name, mistake):
     assert workshop.complaint(EXERCISES[name][1][mistake], name) == mistake
+
+
+@pytest.mark.parametrize("name", ["group_advantages", "policy_loss", "kl_estimate", "token_weights"])
+def test_a_plain_answer_is_what_grpo_computes(name, monkeypatch):
+    plain = getattr(answers, name)
+    monkeypatch.delattr(answers, name)
+    assert workshop.answer(name) is getattr(grpo, name)
+    assert workshop.complaint(plain, name) == ""
 
 
 @pytest.mark.parametrize("name", list(EXERCISES))

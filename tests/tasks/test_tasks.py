@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grpo
-import tasks
-from tasks import load_task
+from tasks import competition_math, countdown, gsm8k, load_task
 from tasks.competition_math import Math, last_boxed
 from tasks.countdown import Countdown, countdown_problem, countdown_reward, equation_value
 from tasks.gsm8k import GSM8K, gsm8k_reward
@@ -415,6 +414,7 @@ def test_splits_of_the_hub_that_are_asked_for(task, asked, monkeypatch):
         )
         return datasets.Dataset.from_list([row | {"answer": "1"} if "problem" in columns else row, row | {"target": 2}])
 
-    monkeypatch.setattr(tasks, "load_rows", load_rows)
+    for task_file in (competition_math, countdown, gsm8k):
+        monkeypatch.setattr(task_file, "load_rows", load_rows)
     task()
     assert found == asked

@@ -203,9 +203,8 @@ def test_metrics_of_another_version_are_named(make_run):
 
 @pytest.mark.parametrize("folder, words", [("nowhere", "there is no folder"), (".", "has none of config.yaml, ")])
 def test_a_folder_that_is_no_run_is_one_line_and_status_1(tmp_path, folder, words):
-    for file in ("report.py", "report_template.html"):  # alone in a folder: it needs nothing else of the project
-        shutil.copy(file, tmp_path)
-    done = subprocess.run([sys.executable, "report.py", folder], cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, "-m", "view", "report", str(tmp_path / folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: ") and words in done.stderr and done.stderr.count("\n") == 1
 

@@ -307,7 +307,8 @@ def test_the_contract_says_typed_is_optional():
 def test_the_first_line_names_the_processes(processes, said, make_config, capsys):
     kind = SimpleNamespace(value="MULTI_CPU" if processes > 1 else "NO")
     accelerator = SimpleNamespace(num_processes=processes, distributed_type=kind, device=torch.device("cpu"))
-    announce(make_config(), Path("runs/x"), torch.nn.Linear(2, 3), accelerator, Path("runs/x/checkpoint-7"))
+    found = dict(folder=run_folder.RunFolder(Path("runs/x")), checkpoint=Path("runs/x/checkpoint-7"))
+    announce(make_config(), SimpleNamespace(accelerator=accelerator, model=torch.nn.Linear(2, 3), **found))
     out = capsys.readouterr().out
     assert f", lr 1e-06, {said} \nrun folder: runs/x\ngoing on from runs/x/checkpoint-7\n" in out
 
@@ -332,12 +333,13 @@ def test_before_and_after_side_by_side():
     ]
 
 
-def test_the_group_that_is_shown_first_is_one_to_learn_from(capsys):
+def test_the_group_that_is_shown_first_is_one_to_learn_from(make_config, capsys):
     rollouts = group(0.0, 0.0) + group(0.0, 1.0)
     for r in rollouts[:2]:
         r.dead = True
     words = SimpleNamespace(convert_ids_to_tokens=lambda ids: [f"<{i}>" for i in ids])
-    show_group(rollouts, [0.1, 0.2, 0.3, 0.4], words, 2)
+    weights = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    show_group(rollouts, lambda *args, **totals: weights, words, make_config(group_size=2))
     out = capsys.readouterr().out
     assert "completions of question (0.0, 1.0)" in out
     table = [line.split() for line in out.splitlines()[-2:]]
@@ -375,7 +377,7 @@ def test_a_run_is_played_as_it_was_trained(run, monkeypatch, capsys):
             r.parts["correct"] = float(sampling.temperature == 0)
         return found
 
-    monkeypatch.setattr(loading, "load_task", lambda *args: (loaded.append(args), load(*args))[1])
+    monkeypatch.setattr(play, "load_task", lambda *args: (loaded.append(args), load(*args))[1])
     monkeypatch.setattr(grpo, "complete", answer)
     monkeypatch.setattr(sys, "stdin", io.StringIO("3*4\n"))
     play.main([str(folder), "--samples", "2"])

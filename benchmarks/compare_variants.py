@@ -1,6 +1,6 @@
 """Every variant on the small model: the same number of rollouts, three seeds each.
 
-    python benchmarks/variants.py
+    python benchmarks/compare_variants.py
 
 Every run is `python grpo.py --config configs/arithmetic.yaml [--config configs/variants/V.yaml] --steps 60
 --minibatches 4 --lr 7e-4 --lr_schedule constant --seed S` with the flags of its row. Four updates a batch, since with
@@ -101,7 +101,7 @@ def main() -> None:
         results = {name: [future.result() for future in found] for name, found in futures.items()}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     lines = [
-        f"`python benchmarks/variants.py`, {options.steps} steps of 256 completions, four updates each, seeds "
+        f"`python benchmarks/compare_variants.py`, {options.steps} steps of 256 completions, four updates each, seeds "
         f"{options.seeds}, {options.jobs} runs at a time on {os.cpu_count()} cores of {cpu_name()}, torch "
         f"{torch.__version__}, Python {platform.python_version()}, commit {commit.strip()}. Each cell has the seeds. "
         "Accuracy, worked answers and clipped tokens in percent, accuracy on 500 problems that are in no training: the "
