@@ -1,4 +1,4 @@
-"""final/README.md, the model card of a run: what it was made from, how, what came of it, and how to load it."""
+"""The model card of a run, final/README.md: what it was made from, how, what came of it, and how to load it."""
 
 import dataclasses
 from pathlib import Path

@@ -69,7 +69,8 @@ def solve(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
             imports: dict[str, list[str]] = {}
             for name, value in sorted((name, vars(home)[name]) for name in names if name in vars(home)):
                 if not isinstance(value, ModuleType):
-                    imports.setdefault(getattr(value, "__module__", home.__name__), []).append(name)
+                    has_home = inspect.isclass(value) or inspect.isfunction(value)
+                    imports.setdefault(value.__module__ if has_home else home.__name__, []).append(name)
             lines = [f"from {module} import {', '.join(used)}\n" for module, used in sorted(imports.items())]
             cell.source = "".join(lines) + "\n\n" * bool(lines) + source
     return notebook

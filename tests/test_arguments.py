@@ -733,7 +733,7 @@ def test_every_argument_of_evaluate_has_a_test(evaluated, plainly_evaluated, tmp
     assert plainly_evaluated.result["checkpoint"] == PRETRAINED
 
 
-# ==== report.py and play.py ===========================================================================================
+# ==== view report and view play =======================================================================================
 
 
 @pytest.fixture(scope="module")

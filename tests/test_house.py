@@ -1,0 +1,163 @@
+"""The house stays in order: the sizes of its files, which room may import which, the commands that are shown."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import house
+import pytest
+from accelerate.commands.launch import launch_command_parser
+
+import grpo
+from mathformer import evaluate, train, train_rl
+from mathformer.command_line import parse_settings
+from view.report import parse_arguments
+
+ROOMS = [path for room in ("harness", "tasks", "view") for path in sorted((house.ROOT / room).glob("*.py"))]
+# what may be imported by the files of which room; mathformer's own files, but for its commands, know only themselves
+MAY_IMPORT = {
+    "tasks": {"tasks"},
+    "harness": {"harness", "tasks"},
+    "variants": {"tasks"},
+    "grpo": {"variants", "harness", "tasks"},
+    "view": {"view", "grpo", "variants", "harness", "tasks", "mathformer"},
+    "mathformer": {"mathformer"},
+    "mathformer commands": {"mathformer", "grpo", "variants", "harness", "tasks"},
+}
+COMMANDS = {"train.py", "train_rl.py", "evaluate.py", "command_line.py"}
+OURS = {"tasks", "harness", "variants", "grpo", "view", "mathformer", "notebooks", "benchmarks", "tests", "conftest"}
+
+
+# ==== Sizes ===========================================================================================================
+
+
+def test_grpo_can_be_read_in_one_sitting():
+    text = (house.ROOT / "grpo.py").read_text()
+    assert house.lines_of(text) <= 650 and house.words_of(text) <= 3800
+
+
+def test_what_is_counted():
+    text = f'"""A file."""\nx = 1 if True else 2  # {"long " * 20}\n\n\ndef f(config):\n    return config.lr\n'
+    assert house.lines_of(text) == 7 and house.words_of(text) == 34
+    assert house.code_lines(text) == 3 and house.branches(text) == 1 and house.settings_read(text) == {"lr"}
+
+
+@pytest.mark.parametrize("path", ROOMS, ids=lambda path: str(path.relative_to(house.ROOT)))
+def test_a_file_of_a_room_is_short_and_begins_with_what_belongs_there(path):
+    text = path.read_text()
+    assert len(text.splitlines()) < 350
+    assert re.match(r'"""[A-Z][^\n]{20,}', text), "a docstring whose first line says what belongs here"
+
+
+def test_few_files_stand_at_the_root():
+    assert len(list(house.ROOT.glob("*.py"))) <= 3
+
+
+# ==== Imports =========================================================================================================
+
+
+def room_of(path: Path) -> str:
+    first = path.relative_to(house.ROOT).parts[0].removesuffix(".py")
+    return "mathformer commands" if first == "mathformer" and path.name in COMMANDS else first
+
+
+def imported(source: str) -> set[str]:
+    """The project's top-level names that the source imports, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").partition(".")[0])
+    return found & OURS
+
+
+SOURCES = [house.ROOT / "grpo.py", house.ROOT / "variants.py", *ROOMS]
+SOURCES += sorted((house.ROOT / "mathformer").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(house.ROOT)))
+def test_imports_run_one_way(path):
+    assert imported(path.read_text()) <= MAY_IMPORT[room_of(path)]
+
+
+def test_an_import_the_wrong_way_is_seen():
+    assert imported("def f():\n    import grpo\n") - MAY_IMPORT["harness"] == {"grpo"}
+    assert imported("from view.play import play\nimport harness.loading") - MAY_IMPORT["grpo"] == {"view"}
+
+
+@pytest.mark.parametrize("module", ["harness.settings", "tasks", "view.report"])
+def test_what_needs_no_torch_loads_none(module):
+    code = f"import {module}, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# ==== The commands of the README ======================================================================================
+
+
+def commands(file: str) -> list[str]:
+    """The commands of a file's bash blocks, one by one."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", (house.ROOT / file).read_text(), re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [part.strip() for line in lines for part in re.sub(r"\s+#.*", "", line).split("&&") if part.strip()]
+
+
+def check_grpo(argv: list[str]) -> None:
+    grpo.parse_config(argv)
+
+
+PROGRAMS = {
+    "grpo.py": check_grpo,
+    "mathformer.train": lambda argv: parse_settings(train.PretrainConfig, "x", argv),
+    "mathformer.train_rl": lambda argv: parse_settings(train_rl.RLConfig, "x", argv),
+    "mathformer.evaluate": lambda argv: parse_settings(evaluate.EvaluationConfig, "x", argv),
+    "view report": parse_arguments,
+}
+
+
+def check(command: str) -> str:
+    """Parses the command as the program would; says which program that is."""
+    words = [word for word in shlex.split(command) if not re.fullmatch(r"[A-Z_]+=\S*", word)]
+    if words[:2] == ["accelerate", "launch"]:
+        launch = launch_command_parser().parse_args(words[2:])
+        assert Path(launch.config_file).is_file()
+        words = ["python", launch.training_script, *launch.training_script_args]
+    if words[0] == "pip":
+        assert all(Path(file).is_file() for file in words[words.index("-r") + 1 :])
+        return "pip"
+    if words[0] == ".":
+        return "activate"
+    assert words[0] in ("python", "python3"), command
+    name, argv = (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
+    if name == "view":
+        name, argv = f"view {argv[0]}", argv[1:]
+    if name in PROGRAMS:
+        PROGRAMS[name](argv)
+    else:
+        assert name in ("venv", "pytest") or Path(name).is_file(), command
+    return name
+
+
+@pytest.mark.parametrize("file, fewest", [("README.md", 18), ("CONTRIBUTING.md", 6)])
+def test_a_command_that_is_shown_is_one_that_the_program_takes(file, fewest):
+    found = [check(command) for command in commands(file)]
+    assert len(found) >= fewest and "pytest" in found
+    assert file != "README.md" or {"grpo.py", "mathformer.train", "mathformer.train_rl"} <= set(found)
+
+
+@pytest.mark.parametrize(
+    "command", ["python grpo.py --sleps 3", "python nothing.py", "python -m mathformer.train --oat x"]
+)
+def test_a_command_with_a_mistake_is_refused(command):
+    with pytest.raises((AssertionError, grpo.UsageError, SystemExit)):
+        check(command)
+
+
+@pytest.mark.parametrize("file", ["README.md", "grpo.py", "CONTRIBUTING.md", "benchmarks/README.md"])
+def test_a_command_in_a_line_of_text_is_of_a_program_that_is_there(file):
+    text = re.sub(r"\s+", " ", (house.ROOT / file).read_text())
+    for name in re.findall(r"python (?:-m )?([\w/]+\.py|mathformer\.\w+|view \w+)", text):
+        assert name in PROGRAMS or name == "view play" or Path(name).is_file(), name
