@@ -1,9 +1,9 @@
-"""Whether two commits compute the same: default run, variants and KL, every figure but times, on one machine.
+"""Whether two commits compute the same, to the last digit: a default run, variants and KL, everything but times.
 
-    python benchmarks/compare_commits.py 74b50e7 HEAD
+    python benchmarks/compare_commits.py f88dbc6 HEAD
     python benchmarks/compare_commits.py HEAD .             before a commit: . is the working tree
 
-Runs of one pair go side by side, with one thread each, in MKL's mode that gives the same digits on any processor.
+The two runs of a pair go side by side, with one thread each, in MKL's mode that rounds alike on all processors.
 """
 
 import argparse
@@ -14,32 +14,21 @@ import sys
 import tempfile
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 OF_THE_MACHINE = {"seconds_sample", "seconds_train", "seconds_sync", "tokens_per_second", "peak_memory"}
-LOGS = ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl")
 PRESET = "--config configs/arithmetic.yaml"
 SHORT = f"{PRESET} --steps 2 --task_args.eval_size 50 --eval_samples 4"
-RUNS = {"default, seed 0": f"{PRESET} --seed 0"}
-OVERLAYS = sorted(path.relative_to(HERE) for path in HERE.glob("configs/variants/*.yaml"))
-RUNS |= {path.stem: f"{SHORT} --config {path}" for path in OVERLAYS}
-RUNS |= {
-    "KL in the loss": f"{SHORT} --kl_coef 0.05 --kl_target 0.01",
-    "KL in the reward": f"{SHORT} --kl_coef 0.05 --kl_in reward --advantage rloo --offload_reference true",
-    "k2 beside an entropy bonus": f"{SHORT} --kl_coef 0.05 --kl_kind k2 --entropy_coef 0.01",
-    "log-probs of the trainer": f"{SHORT} --old_logps trainer --importance_cap 2 --temperature 0.9",
-    "top_k and top_p": f"{SHORT} --top_k 5 --top_p 0.9 --surrogate cispo",
-    "four optimizer steps": f"{SHORT} --epochs 2 --minibatches 2 --grad_clip 0.5 --lr_schedule cosine --warmup_steps 1",
-    "cut off, too long, drawn again": f"{SHORT} --max_completion_tokens 6 --mask_truncated true --overlong_share 0.5 "
+MORE = {
+    "KL in the loss": "--kl_coef 0.05 --kl_target 0.01",
+    "KL in the reward": "--kl_coef 0.05 --kl_in reward --advantage rloo --offload_reference true",
+    "k2 beside an entropy bonus": "--kl_coef 0.05 --kl_kind k2 --entropy_coef 0.01",
+    "log-probs of the trainer": "--old_logps trainer --importance_cap 2 --temperature 0.9",
+    "top_k and top_p": "--top_k 5 --top_p 0.9 --surrogate cispo",
+    "four optimizer steps": "--epochs 2 --minibatches 2 --grad_clip 0.5 --lr_schedule cosine --warmup_steps 1",
+    "cut off and drawn again": "--max_completion_tokens 6 --mask_truncated true --overlong_share 0.5 "
     "--dead_groups resample --resample_rounds 2",
-    "dead groups kept": f"{SHORT} --dead_groups keep --optimizer adamw_offload --tokens_per_microbatch 500",
+    "dead groups kept": "--dead_groups keep --optimizer adamw_offload --tokens_per_microbatch 500",
 }
-
-
-def checked_out(commit: str, folder: Path) -> Path:
-    if commit == ".":
-        return HERE
-    subprocess.run(["git", "-C", HERE, "worktree", "add", "--detach", folder, commit], check=True, capture_output=True)
-    return folder
 
 
 def start(code: Path, flags: str, runs: Path) -> subprocess.Popen:
@@ -70,31 +59,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commits", nargs=2)
     parser.add_argument("--only", default="", help="runs whose names have this in them")
-    options = parser.parse_args()
-    differ = 0
+    options, differ = parser.parse_args(), False
+    runs = {"default, seed 0": PRESET}
+    runs |= {path.stem: f"{SHORT} --config {path}" for path in sorted((ROOT / "configs/variants").glob("*.yaml"))}
+    runs |= {title: f"{SHORT} {flags}" for title, flags in MORE.items()}
+    print("| run | log | rows | |\n| --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as name:
-        folders = [Path(name) / side for side in ("one", "other")]
-        codes = [checked_out(commit, folder) for commit, folder in zip(options.commits, folders, strict=True)]
-        try:
-            print("| run | log | rows | |\n| --- | --- | --- | --- |")
-            for title, flags in RUNS.items():
-                if options.only not in title:
-                    continue
-                outs = [Path(name) / f"{title}-{i}" for i in range(2)]
-                processes = [start(code, flags, out) for code, out in zip(codes, outs, strict=True)]
-                errors = [process.communicate()[1] for process in processes]
-                if failed := [error for process, error in zip(processes, errors, strict=True) if process.returncode]:
-                    sys.exit(f"{title}: {failed[0][-2000:]}")
-                for log in LOGS:
-                    one, other = (rows_of(out, log) for out in outs)
-                    found = difference(one, other)
-                    differ += bool(found)
-                    print(f"| {title} | {log} | {len(one):,} | {found or 'equal'} |", flush=True)
-        finally:
-            for code in codes:
-                if code != HERE:
-                    subprocess.run(["git", "-C", HERE, "worktree", "remove", "--force", code], check=True)
-    sys.exit(1 if differ else 0)
+        codes = [ROOT if commit == "." else Path(name) / str(i) for i, commit in enumerate(options.commits)]
+        for code, commit in zip(codes, options.commits, strict=True):
+            if code != ROOT:
+                subprocess.run(["git", "clone", "-q", ROOT, code], check=True)
+                subprocess.run(["git", "-C", code, "checkout", "-q", commit], check=True)
+        for title, flags in runs.items():
+            if options.only not in title:
+                continue
+            outs = [Path(name) / f"{title}-{i}" for i in range(2)]
+            processes = [start(code, flags, out) for code, out in zip(codes, outs, strict=True)]
+            errors = [process.communicate()[1] for process in processes]
+            if any(process.returncode for process in processes):
+                sys.exit(f"{title}: {''.join(errors)[-2000:]}")
+            for log in ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl"):
+                one, other = (rows_of(out, log) for out in outs)
+                found = difference(one, other)
+                differ = differ or bool(found)
+                print(f"| {title} | {log} | {len(one):,} | {found or 'equal'} |", flush=True)
+    sys.exit(differ)
 
 
 if __name__ == "__main__":

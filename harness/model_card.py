@@ -7,45 +7,7 @@ import yaml
 
 from harness.settings import CHANGEABLE_ON_RESUME, Config
 
-TEMPLATE = """---
-{front}---
-
-# {model}, trained on {task} with GRPO
-
-{steps} steps of {prompts} prompts x {group} completions, seed {seed}: {tokens:,} tokens sampled, {minutes:.1f} minutes.
-
-## Before and after
-
-On {n} evaluation problems of the task; in brackets 95 % intervals.
-
-| | before | after |
-| --- | --- | --- |
-{results}
-
-![curves of the run](curves.png)
-
-## Settings that are not the defaults
-
-| setting | value |
-| --- | --- |
-{settings}
-
-## Load it
-
-```python
-{first}from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "path/to/final"
-model = AutoModelForCausalLM.from_pretrained(folder)
-tokenizer = AutoTokenizer.from_pretrained(folder)
-```
-
-```python
-{first}import vllm
-
-{register}llm = vllm.LLM(folder)
-```
-"""
+TEMPLATE = Path(__file__).with_suffix(".md").read_text()
 
 
 def table(rows: list[tuple]) -> str:

@@ -82,6 +82,8 @@ def execute(notebook: nbformat.NotebookNode, timeout: int = 300) -> nbformat.Not
     NotebookClient(notebook, timeout=timeout, resources={"metadata": {"path": str(HERE)}}).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # the times of the day
+        if "outputs" in cell:  # without warnings of libraries, which name folders of this machine
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     return notebook
 
 

@@ -22,9 +22,9 @@ from pathlib import Path
 import yaml
 
 from harness.settings import CHANGEABLE_ON_RESUME
-from view.curves import METRICS
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
+METRICS = yaml.safe_load(TEMPLATE.with_name("curves.yaml").read_text(encoding="utf-8"))  # panels, with how to read them
 MAX_BYTES = 24_000_000  # of rollouts in a page: what a browser opens within a second or two
 MAX_EVAL_PROMPTS = 1000
 LOGS = ("config.yaml", "metrics.jsonl", "rollouts.jsonl", "eval.jsonl")

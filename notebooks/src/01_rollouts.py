@@ -31,7 +31,7 @@ from workshop import check, compare, predict
 # %%
 import grpo
 from harness import loading
-from harness.batching import pad
+from harness.batching import pad, row_tokens
 from harness.settings import PRESET, parse_config
 from tasks import load_task
 
@@ -108,8 +108,8 @@ padding = torch.zeros(8, len(group[0].prompt_ids))
 values = torch.cat([padding, mask.float()], 1).tolist()
 rows = []
 for r, row, weights in zip(group, ids.tolist(), values, strict=True):
-    tokens = tokenizer.convert_ids_to_tokens(row)[: r.row_tokens]
-    rows.append(viz.strip(tokens + ["·"] * (len(row) - r.row_tokens), weights))
+    tokens = tokenizer.convert_ids_to_tokens(row)[: row_tokens(r)]
+    rows.append(viz.strip(tokens + ["·"] * (len(row) - row_tokens(r)), weights))
 display(HTML(f'<div style="white-space:nowrap;overflow-x:auto">{"".join(rows)}</div>'))
 # %%
 paid = [reward(r.text, int(r.parts["ground_truth"])) for r in rollouts]  # by your verifier

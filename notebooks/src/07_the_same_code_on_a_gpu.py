@@ -88,9 +88,9 @@ for step in (1, 1000):
     display(viz.group_table(next(g for g in groups if len({row["reward"] for row in g}) > 1)[:5], tokenizer))
 # %% [markdown]
 # ## Does it run on a small GPU?
-# By arithmetic (`harness/memory.py`, which also refuses a run that cannot fit before anything is loaded). In float32, the
-# trainer has 16 bytes a parameter: weights, gradients and AdamW's two moments. Predict for the 3B model: how many GB is
-# that?
+# By arithmetic (`harness/memory.py`, which also refuses a run that cannot fit before anything is loaded). In float32,
+# the trainer has 16 bytes a parameter: weights, gradients and AdamW's two moments. Predict for the 3B model: how many
+# GB is that?
 # %%
 predict(trainer_gb=None)  # a number for each None
 # %%
