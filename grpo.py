@@ -11,16 +11,17 @@ new to old probability is clipped as in PPO, so that a batch can be used more th
     4. log-probs of the same tokens under the policy as it is now       Policy.forward
     5. r = exp(logp - old logp);  loss = -min(r*A, clip(r)*A)           policy_loss
     6. if wanted, add kl_coef * KL(policy || reference)                 kl_estimate
-    7. sum over the tokens, one weight a row; backward, clip, AdamW     token_weights, update
+       (or take it off the reward, before step 3)                       assign_advantages
+    7. weighted sum over tokens; backward, clip the gradient, AdamW     token_weights, update
 
 The paper also has a learned reward model and renews its reference model: both are left out. By
 default four settings depart from the paper. All tokens weigh the same, as in DAPO (the paper:
 --loss_weight sequence). There is no KL penalty (--kl_coef 0.04). A batch is used for one update
-(--epochs, --minibatches). The old log-probs are those the sampler chose by (--old_logps trainer).
+(--epochs, --minibatches). The old log-probs are the sampler's own (--old_logps trainer).
 
 Lines you may want to change are marked `# GRPO:`. Other advantages, ratios, losses and weights are
-in variants.py, what makes a class a task is in tasks/, and what a run needs besides the algorithm
-is in harness/: settings, loading, vLLM, several processes, evaluation, logs.
+in variants.py, how to write a task is in tasks/, and what a run needs besides the algorithm is in
+harness/: settings, loading, vLLM, several processes, evaluation, logs.
 
     python grpo.py                              arithmetic on a CPU, about a minute, no download
     python grpo.py --steps 0                    evaluate, show one group of completions, stop
@@ -39,7 +40,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-# Read when torch is imported: what Apple's GPU lacks runs on the CPU; a run repeats exactly.
+# Before torch is imported: what Apple's GPU lacks runs on the CPU, and runs repeat exactly.
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 os.environ.setdefault("MKL_CBWR", "AUTO")
 
@@ -74,7 +75,7 @@ class Rollout:
     reward: float = 0.0
     penalty: float = 0.0  # taken off the reward before it becomes an advantage
     advantage: float = 0.0
-    dead: bool = False  # reward minus penalty is the same in the whole group
+    dead: bool = False  # reward - penalty is the same in the whole group
     old_logps: list[float] | None = None  # the trainer's before the update, where asked for
     ref_logps: list[float] | None = None  # under the reference model, if there is one
 
@@ -98,7 +99,7 @@ class TorchSampler:
     """Samples with the trained model itself, on any device. VLLMSampler is its fast twin.
 
     A prompt goes through the model once, and its G completions start from that key-value cache. A
-    finished row leaves the batch, so that a step costs only the rows that still go on.
+    finished row leaves the batch, so that only unfinished rows cost time.
     """
 
     def __init__(self, model, eos_ids, sample_rows=256, autocast=nullcontext, source=None):
@@ -147,25 +148,25 @@ class TorchSampler:
         logps = torch.zeros(B, max_tokens, device=self.device)
         lengths = torch.full((B,), max_tokens, device=self.device)
         ended = torch.zeros(B, dtype=torch.bool, device=self.device)
-        rows = torch.arange(B, device=self.device)  # [b], the rows that are still being written
+        unfinished = torch.arange(B, device=self.device)  # [b], rows that are still being written
         for t in range(max_tokens):
             if temperature > 0:
                 logits = variants.keep_top(logits / temperature, top_k, top_p)
-            distribution = logits.log_softmax(-1)  # [b, V]
+            all_logps = logits.log_softmax(-1)  # [b, V]
             if temperature > 0:
-                token = torch.multinomial(distribution.exp(), 1, generator=self.generator)  # [b, 1]
+                token = torch.multinomial(all_logps.exp(), 1, generator=self.generator)  # [b, 1]
             else:
-                token = distribution.argmax(-1, keepdim=True)
-            tokens[rows, t] = token[:, 0]
-            logps[rows, t] = distribution.gather(1, token)[:, 0]
+                token = all_logps.argmax(-1, keepdim=True)
+            tokens[unfinished, t] = token[:, 0]
+            logps[unfinished, t] = all_logps.gather(1, token)[:, 0]
             stopped = torch.isin(token[:, 0], self.eos)  # [b]
             if stopped.any():
-                ended[rows[stopped]] = True
-                lengths[rows[stopped]] = t + 1
+                ended[unfinished[stopped]] = True
+                lengths[unfinished[stopped]] = t + 1
                 kept = kv_cache.close_gaps(stopped)  # finished rows leave, the last ones move up
-                rows, token, mask = rows[kept], token[kept], mask[kept]
+                unfinished, token, mask = unfinished[kept], token[kept], mask[kept]
                 cache.batch_select_indices(kept)
-            if t + 1 == max_tokens or not len(rows):
+            if t + 1 == max_tokens or not len(unfinished):
                 break
             mask = F.pad(mask, (0, 1), value=1)
             logits, cache = self._forward(token, mask, cache)
@@ -177,9 +178,9 @@ class TorchSampler:
 
     def _forward(self, ids: Tensor, mask: Tensor, cache):
         """Logits [B, V] after the last of `ids` [B, T]; `mask` [B, past + T] is 0 on padding."""
-        at = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         out = self.model.base_model(
-            ids, attention_mask=mask, position_ids=at, past_key_values=cache, use_cache=True
+            ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         )
         return output_logits(self.model, out.last_hidden_state[:, -1]), out.past_key_values
 
@@ -197,12 +198,12 @@ def complete(
     judges its share of the problems, and gets the rollouts of all.
     """
     problems, seed = parallel.share(problems), parallel.own_seed(seed)
-    behind = tokenizer(prefix, add_special_tokens=False)["input_ids"] if prefix else []
-    samples = sampler.generate([p.ids + behind for p in problems], group_size, sampling, seed)
+    prefix_ids = tokenizer(prefix, add_special_tokens=False)["input_ids"] if prefix else []
+    samples = sampler.generate([p.ids + prefix_ids for p in problems], group_size, sampling, seed)
     rollouts = [Rollout(*sample) for sample in samples]
     for i, r in enumerate(rollouts):
         problem = problems[i // group_size]
-        # special tokens stay in the text, but for the end-of-sequence token
+        # special tokens stay in the text, except the end-of-sequence token
         written = tokenizer.decode(r.completion_ids if r.truncated else r.completion_ids[:-1])
         r.prompt, r.text = problem.prompt, getattr(task, "prefill", "") + prefix + written
         r.parts = judge(task, r.text, problem)
@@ -225,14 +226,15 @@ def collect(sampler, tokenizer, task, config: Config, step: int) -> tuple[list[R
         return metrics.groups_of(drawn, G)
 
     groups = draw(0, config.prompts_per_step)
-    # GRPO: DAPO's dynamic sampling, off by default: fresh groups for those of equal rewards
+    # GRPO: DAPO's dynamic sampling, off by default: fresh groups for those of equal rewards, which
+    # are the task's, before any penalty
     for attempt in range(1, 1 + config.resample_rounds):
-        dead = [i for i, group in enumerate(groups) if metrics.is_dead(group)]
-        if not dead:
+        equal = [i for i, group in enumerate(groups) if metrics.is_dead(group)]
+        if not equal:
             break
-        for i, fresh in zip(dead, draw(attempt, len(dead)), strict=True):
+        for i, fresh in zip(equal, draw(attempt, len(equal)), strict=True):
             groups[i] = fresh
-        counts["resampled_groups"] += len(dead)
+        counts["resampled_groups"] += len(equal)
     return sum(groups, []), counts
 
 
@@ -295,20 +297,20 @@ class Policy(nn.Module):
     def forward(
         self, ids: Tensor, prompt_lengths: Tensor, lengths: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies, both [B, T] in float32, 0 behind the end of a row.
+        """Log-probs and entropies, both [B, T] in float32, 0 past the end of a row.
 
         Args:
             ids: [B, L]. A row is a prompt, its completion, and padding of any value.
             prompt_lengths, lengths: [B], tokens of prompt and completion. T is the largest length.
 
-        No attention mask is needed: no real token looks right, where the padding is.
+        No attention mask is needed: attention is causal, and the padding is on the right.
         """
         hidden = self.model.base_model(ids, use_cache=False).last_hidden_state  # [B, L, D]
         # Position j predicts token j + 1. Masks come from lengths, not from token values: padding
         # often is the end-of-sequence token, which must be trained.
-        at = torch.arange(ids.shape[1] - 1, device=ids.device)
+        position = torch.arange(ids.shape[1] - 1, device=ids.device)
         first, end = prompt_lengths[:, None] - 1, (prompt_lengths + lengths)[:, None] - 1
-        predicts = (at >= first) & (at < end)  # [B, L-1]
+        predicts = (position >= first) & (position < end)  # [B, L-1]
         hidden, targets = hidden[:, :-1][predicts], ids[:, 1:][predicts]  # [N, D], [N]
 
         logps, entropies = [], []
@@ -323,12 +325,12 @@ class Policy(nn.Module):
         return padded.masked_scatter(mask, logps), padded.masked_scatter(mask, entropies)
 
     def _token_logps(self, hidden: Tensor, targets: Tensor):
-        # GRPO: with the temperature, as in the distribution that was sampled from
-        distribution = (output_logits(self.model, hidden) / self.temperature).log_softmax(-1)
+        # GRPO: with the sampler's temperature
+        all_logps = (output_logits(self.model, hidden) / self.temperature).log_softmax(-1)
         # without an entropy bonus, the entropy is only a metric
         with torch.set_grad_enabled(self.entropy_gradient and torch.is_grad_enabled()):
-            entropy = -(distribution.exp() * distribution).sum(-1)
-        return distribution.gather(1, targets[:, None])[:, 0], entropy
+            entropy = -(all_logps.exp() * all_logps).sum(-1)
+        return all_logps.gather(1, targets[:, None])[:, 0], entropy
 
 
 def completion_mask(lengths: Tensor) -> Tensor:
@@ -346,20 +348,20 @@ def token_ratio(logps: Tensor, old_logps: Tensor, mask: Tensor) -> Tensor:
     return (logps - old_logps).exp()
 
 
-def clip(ratio: Tensor, logps, advantages, clip_low, clip_high) -> tuple[Tensor, Tensor]:
+def clipped_loss(ratio, logps, advantages, clip_low, clip_high) -> tuple[Tensor, Tensor]:
     """-min(r * A, clamp(r, 1 - clip_low, 1 + clip_high) * A). PPO, arXiv 1707.06347, eq. 7."""
-    unclipped = ratio * advantages
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    gain = ratio * advantages
+    limited_gain = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
     # GRPO: min, not max. A token that went far in the direction of its advantage gets no gradient;
     # one that went the other way keeps it.
-    loss = -torch.min(unclipped, clipped)
+    loss = -torch.min(gain, limited_gain)
     high = (ratio > 1 + clip_high) & (advantages > 0)
     low = (ratio < 1 - clip_low) & (advantages < 0)
     return loss, high.int() - low.int()
 
 
 RATIOS = {"token": token_ratio, **variants.RATIOS}
-SURROGATES = {"clip": clip, **variants.SURROGATES}
+SURROGATES = {"clip": clipped_loss, **variants.SURROGATES}
 
 
 def policy_loss(
@@ -369,11 +371,11 @@ def policy_loss(
     """The loss of each token [B, T], to be minimised, 0 outside the mask; and what was clipped.
 
     Args:
-        logps, old_logps: [B, T], of the sampled tokens, now and when they were sampled.
+        logps, old_logps: [B, T], of the sampled tokens, new and old.
         advantages: [B, 1] or [B, T].
         mask: [B, T], True on real tokens. None means that all are.
 
-    What was clipped [B, T]: 1 where a ratio was too high, -1 where it was too low, 0 elsewhere.
+    What was clipped [B, T]: 1 where the clip acted from above, -1 from below, 0 elsewhere.
     """
     mask = torch.ones_like(logps, dtype=torch.bool) if mask is None else mask
     r = variants.pick(RATIOS, ratio)(logps, old_logps, mask)
@@ -387,7 +389,7 @@ def k3(d: Tensor) -> Tensor:
 
 
 KL_ESTIMATES = {"k3": k3, **variants.KL_ESTIMATES}
-# GRPO: k3 alone has the gradient of KL(reference || policy). Times the ratio it is the right one.
+# GRPO: k3 by itself has the gradient of KL(reference || policy); times the ratio, the right one.
 KL_FACTORS = {"k3": lambda ratio: ratio, **variants.KL_FACTORS}
 
 
@@ -415,7 +417,7 @@ def token_weights(
     lengths: Tensor, kind="token", max_tokens=0, total_tokens: int | None = None,
     total_rows: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """The weight [B] of each token of a row: loss = sum_i w_i * sum_t token_loss[i, t].
+    """The weight of the tokens of each row [B]: loss = sum_i w_i * sum_t token_loss[i, t].
 
     Args:
         lengths: [B] completion lengths. A row of length 0 gets weight 0.
@@ -467,22 +469,24 @@ def optimizer_step(
     policy: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator,
     rows: list[Rollout], config: Config, figures: metrics.UpdateFigures,
 ) -> None:  # fmt: skip
-    # GRPO: what is masked counts in no total, as if it had not been sampled
+    """One step on these rows, or none if they have nothing to teach."""
+    # GRPO: masked rows count in no total; they only helped to set their group's mean and std
     rows = [r for r in rows if not (r.truncated and config.mask_truncated)]
     totals = sum(r.length for r in rows), len(rows)
-    # GRPO: a dead group has advantage 0, and so, without a KL penalty or an entropy bonus in the
-    # loss, no gradient: it needs no pass through the model. It still counts in the totals, or the
-    # other rows would weigh more, as with a higher learning rate.
-    alive = [r for r in rows if not r.dead]
-    teaches = bool(alive) or config.loss_is_regularised
-    trained = alive if config.drops_dead_groups or not teaches else rows
+    # GRPO: a dead group has advantage 0. Without a KL penalty or an entropy bonus in the loss, it
+    # has no gradient and needs no pass through the model. It still counts in the totals: otherwise
+    # the other rows would weigh more, as with a higher learning rate.
+    trained = [r for r in rows if not r.dead] if config.drops_dead_groups else rows
+    if all(r.dead for r in trained) and not config.loss_is_regularised:
+        trained = []  # no step: with gradients of 0, AdamW's momentum would still move the weights
+    # scale: the number of processes, whose gradients get averaged; 0 for rows that only fill up
     for batch, scale, last in own_microbatches(trained, config.tokens_per_microbatch):
         with parallel.holds_gradients(accelerator, policy, last):
             recorder = figures if scale else None
             loss = batch_loss(policy, batch, config, accelerator.device, *totals, recorder)
             accelerator.backward(loss * scale)
     norm = None
-    if trained:  # else AdamW's momentum would move the weights without any gradient
+    if trained:
         norm = float(accelerator.clip_grad_norm_(policy.parameters(), config.grad_clip))
         if math.isfinite(norm):
             optimizer.step()
@@ -506,7 +510,7 @@ def batch_loss(
     logps, entropy = policy(**inputs)  # [B, T], the only tensors with a gradient
     clips, kinds = (config.clip_low, config.clip_high), (config.ratio, config.surrogate)
     loss, clipped = policy_loss(logps, old_logps, advantages, *clips, mask, *kinds)
-    if config.importance_cap:  # GRPO: truncated weights, for a sampler that is not quite the policy
+    if config.importance_cap:  # GRPO: capped weights, for a sampler that is not quite the policy
         loss = loss * (old_logps - sampler_logps).exp().clamp(max=config.importance_cap)
     kl = torch.zeros_like(logps)
     if config.kl_coef > 0:
@@ -627,7 +631,7 @@ def main(argv: list[str] | None = None) -> None:
         result = train(parse_config(sys.argv[1:] if argv is None else argv))
     except UsageError as error:
         sys.exit(f"error: {parallel.name_of_process()}{error}")
-    except KeyboardInterrupt:  # before the steps, or twice
+    except KeyboardInterrupt:  # before the first step, or pressed twice
         sys.exit(130)
     sys.exit(130 if result.get("interrupted") else 0)
 

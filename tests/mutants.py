@@ -42,9 +42,9 @@ PITFALLS = [
             '{"k3": lambda ratio: ratio, **variants.KL_FACTORS}', '{"k3": lambda ratio: 1.0, **variants.KL_FACTORS}'),
     pitfall(5, "k2 with a factor that has a gradient", "KL_FACTORS", "ratio.detach()", "ratio"),
     pitfall(5, "exp(x) - 1 in place of expm1", "k3", "torch.expm1(-d) + d", "torch.exp(-d) - 1 + d"),
-    pitfall(6, "max in place of min", "clip",
-            "torch.min(unclipped, clipped)", "torch.max(unclipped, clipped)"),
-    pitfall(6, "the clipped ratio alone", "clip", "torch.min(unclipped, clipped)", "clipped"),
+    pitfall(6, "max in place of min", "clipped_loss",
+            "torch.min(gain, limited_gain)", "torch.max(gain, limited_gain)"),
+    pitfall(6, "the clipped ratio alone", "clipped_loss", "torch.min(gain, limited_gain)", "limited_gain"),
     pitfall(7, "an epsilon of 1e-8", "group_advantages", "1e-4", "1e-8"),
     pitfall(7, "the std with G in its denominator", "grpo_advantages",
             "rewards.std(1, keepdim=True)", "rewards.std(1, keepdim=True, correction=0)"),
@@ -62,15 +62,15 @@ PITFALLS = [
             hidden, targets = hidden[:, :-1][predicts], ids[:, 1:][predicts]
             """),
     pitfall(9, "the end-of-sequence token cut off", "TorchSampler._generate",
-            "lengths[rows[stopped]] = t + 1", "lengths[rows[stopped]] = t"),
+            "lengths[unfinished[stopped]] = t + 1", "lengths[unfinished[stopped]] = t"),
     pitfall(10, "the prompt's last token is in the loss", "Policy.forward",
             "prompt_lengths[:, None] - 1", "prompt_lengths[:, None] - 2"),
     pitfall(11, "dropout left on", "load_model", "setattr(module, setting, 0.0)", "None"),
     pitfall(12, "greedy where top_k is 0", "TorchSampler._generate",
-            "if temperature > 0:\n    token = torch.multinomial(distribution.exp(), 1, generator=self.generator)\n"
-            "else:\n    token = distribution.argmax(-1, keepdim=True)",
-            "if temperature > 0 and top_k:\n    token = torch.multinomial(distribution.exp(), 1, generator=self.generator)\n"
-            "else:\n    token = distribution.argmax(-1, keepdim=True)"),
+            "if temperature > 0:\n    token = torch.multinomial(all_logps.exp(), 1, generator=self.generator)\n"
+            "else:\n    token = all_logps.argmax(-1, keepdim=True)",
+            "if temperature > 0 and top_k:\n    token = torch.multinomial(all_logps.exp(), 1, generator=self.generator)\n"
+            "else:\n    token = all_logps.argmax(-1, keepdim=True)"),
     pitfall(13, "temperature in sampling only", "Policy._token_logps",
             "output_logits(self.model, hidden) / self.temperature", "output_logits(self.model, hidden)"),
     pitfall(13, "the sampler's log-probs taken with top_k on", "Config.uses_trainer_logps",
@@ -353,7 +353,7 @@ SEAMS = [
     mutant("test_loss.py::test_epochs_and_minibatches_take_that_many_steps", "gradients of all steps add up",
            "optimizer_step", "optimizer.zero_grad()", "None"),
     mutant("test_variants.py::test_an_all_dead_step_moves_nothing_kept_or_dropped", "momentum moves an all-dead step",
-           "optimizer_step", "bool(alive) or config.loss_is_regularised", "True"),
+           "optimizer_step", "all(r.dead for r in trained) and not config.loss_is_regularised", "False"),
     mutant("test_sampler.py::test_sampler_and_trainer_agree_on_ragged_rows", "the first rows move up, not the last",
            "close_gaps", "left + (~stopped[left:]).nonzero()[:, 0]", "(~stopped[left:]).nonzero()[:, 0]"),
     mutant("test_pitfalls.py::test_23_truncated_answers_are_shown_and_can_be_masked", "what was cut off is lost on the way",
