@@ -114,6 +114,16 @@ def test_a_run_leaves_a_complete_folder(run, tmp_path, pays_length):
     assert (folder / "curves.png").stat().st_size > 10_000
 
 
+def test_a_run_ends_with_the_commands_that_show_it(run, pays_length, capsys):
+    folder = run(steps=1)["run"]
+    last = capsys.readouterr().out.splitlines()[-2:]
+    assert last == [f"  python -m view report {folder}", f"  python -m view play {folder}"]
+    for line in last:
+        done = subprocess.run([sys.executable, *line.split()[1:]], stdin=subprocess.DEVNULL, capture_output=True)
+        assert done.returncode == 0, done.stderr
+    assert (folder / "report.html").stat().st_size > 10_000
+
+
 def test_every_metric_is_logged_under_its_name(run, pays_length):
     row = rows(run(kl_coef=0.01)["run"], "metrics.jsonl")[0]
     names = "step reward reward_std penalty correct format worked pass_at_group zero_advantage_groups length "

@@ -8,11 +8,12 @@ from fractions import Fraction
 
 import datasets
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grpo
-from tasks import competition_math, countdown, gsm8k, load_task
+from tasks import TASKS, competition_math, countdown, gsm8k, load_task
 from tasks.competition_math import Math, last_boxed
 from tasks.countdown import Countdown, countdown_problem, countdown_reward, equation_value
 from tasks.gsm8k import GSM8K, gsm8k_reward
@@ -393,6 +394,23 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
 def test_grpo_finds_the_tasks_by_name(name, tmp_path):
     with pytest.raises(grpo.UsageError, match="its arguments: .*dataset"):
         load_task(name, {"data": "x"})
+
+
+@pytest.mark.parametrize("name, is_now", [("Countdown", Countdown), ("GSM8K", GSM8K), ("Math", Math)])
+def test_names_of_an_earlier_layout_are_still_found(name, is_now):
+    with pytest.raises(grpo.UsageError, match="its arguments: .*dataset"):
+        load_task(f"tasks:{name}", {"data": "x"})
+    assert TASKS[f"tasks:{name}"] == f"{is_now.__module__}:{is_now.__name__}"
+
+
+def test_a_run_of_an_earlier_layout_goes_on(qwen3_folder, tmp_path):
+    """Its config.yaml has the task by a name of that time."""
+    args = dict(dataset="synthetic", prompt_template="plain", eval_size=2)
+    settings = dict(model=qwen3_folder, task="tasks:Countdown", task_args=args, steps=1, save_steps=1, eval_samples=1)
+    settings |= dict(prompts_per_step=1, group_size=2, max_completion_tokens=4, runs=str(tmp_path))
+    folder = grpo.train(grpo.Config(**settings))["run"]
+    assert yaml.safe_load((folder / "config.yaml").read_text())["task"] == "tasks:Countdown"
+    assert grpo.train(grpo.parse_config(["--resume", str(folder), "--steps", "2"]))["last"]["step"] == 2
 
 
 @pytest.mark.parametrize(
