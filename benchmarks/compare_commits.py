@@ -83,7 +83,7 @@ def main() -> None:
                 found = difference(one, other)
                 differ = differ or bool(found)
                 print(f"| {title} | {log} | {len(one):,} | {found or 'equal'} |", flush=True)
-    sys.exit(differ)
+    sys.exit(int(differ))
 
 
 if __name__ == "__main__":
