@@ -1,4 +1,10 @@
-"""The command line of this room: `python -m view report ...` and `python -m view play ...`, each with `--help`."""
+"""The command line of this room.
+
+    python -m view report RUN ...     an HTML page of a run, or of several beside each other
+    python -m view play RUN           the base's and the trained model's answers to a problem that you type
+
+Each has `--help`.
+"""
 
 import sys
 from importlib import import_module
@@ -8,10 +14,13 @@ VIEWS = ("report", "play")
 
 def main(argv: list[str] | None = None) -> None:
     name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
+    if name in ("-h", "--help"):
+        print(__doc__.strip())
+        return
     if name not in VIEWS:
-        is_help = name in ("-h", "--help")
-        print(f"usage: python -m view {{{','.join(VIEWS)}}} RUN ...", file=sys.stdout if is_help else sys.stderr)
-        sys.exit(0 if is_help else 2)
+        print(f"error: there is no view {name!r}: choose {' or '.join(VIEWS)}, as in python -m view report runs/<run>",
+              file=sys.stderr)  # fmt: skip
+        sys.exit(2)
     import_module(f"view.{name}").main(rest)
 
 
