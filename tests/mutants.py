@@ -375,7 +375,7 @@ SEAMS = [
            "UpdateFigures.add_step", "self.before_any_step is None", "True"),
     mutant("test_run.py::test_every_metric_is_logged_under_its_name", "a count of the step's own in the logs", "step_row",
            'key != "step_tokens"', "True"),
-    mutant("test_run.py::test_the_seconds_of_a_step_are_those_of_its_parts", "each lap from the start", "Stopwatch.lap",
+    mutant("test_run.py::test_a_lap_takes_the_time_since_the_one_before", "each lap from the start", "Stopwatch.lap",
            "time.time() - self.started - sum(self.seconds.values())", "time.time() - self.started"),
     mutant("test_loss.py::test_kl_estimates_by_hand", "k1 and k2 under each other's name", "KL_ESTIMATES",
            '{"k1": k1, "k2": k2}', '{"k1": k2, "k2": k1}'),

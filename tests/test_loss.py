@@ -344,10 +344,12 @@ def test_epochs_and_minibatches_take_that_many_steps(model, make_rollouts, make_
     rollouts = make_rollouts(groups=5)[:16]  # no dead group among them
     policy = grpo.Policy(model)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
-    steps = []
-    optimizer.register_step_post_hook(lambda *args: steps.append(1))
+    of_all_steps = []
+    optimizer.register_step_post_hook(lambda *args: of_all_steps.append(next(policy.parameters()).grad.clone()))
     grpo.update(policy, optimizer, accelerator, rollouts, make_config(epochs=2, minibatches=4), step=1)
-    assert len(steps) == 8
+    assert len(of_all_steps) == 8 and next(policy.parameters()).grad is None
+    sizes = [grad.norm() for grad in of_all_steps]
+    assert max(sizes[4:]) < 2 * max(sizes[:4]), "each step has a gradient of its own"
 
 
 def test_sampler_gap_is_measured_before_the_first_update(model, make_rollouts, make_config, accelerator):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -23,7 +24,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
 import grpo
-from harness import evaluation, loading, memory, run_folder, settings, terminal
+from harness import evaluation, loading, memory, metrics, run_folder, settings, terminal
 from harness.metrics import peak_memory
 from harness.terminal import finish_step_on_signal, printable
 from mathformer.train import build_model
@@ -168,6 +169,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(run, monkeypatch, capsys, 
     assert command in capsys.readouterr().out
     resumed = grpo.train(grpo.parse_config(command.split()))
     assert resumed["run"] == stopped["run"] and "interrupted" not in resumed
+    assert (resumed["first"], resumed["last"]) == (whole["first"], whole["last"])
     for name in ("rollouts.jsonl", "eval.jsonl"):
         assert rows(whole["run"], name) == rows(resumed["run"], name)
     assert repeatable(rows(whole["run"], "metrics.jsonl")) == repeatable(rows(resumed["run"], "metrics.jsonl"))
@@ -627,6 +629,15 @@ def test_a_prompt_that_is_drawn_again_is_sampled_anew(run, monkeypatch, tmp_path
     assert rows(folder, "metrics.jsonl")[0]["resampled_groups"] == 4
     draws = [ids for ids in drawn if len(ids) == 8]
     assert len(draws) == 3 and all(a != b for a, b in zip(draws, draws[1:], strict=False))
+
+
+def test_a_lap_takes_the_time_since_the_one_before(monkeypatch):
+    times = iter([10.0, 11.0, 13.0, 17.0])
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(time=lambda: next(times)))
+    clock = metrics.Stopwatch()
+    for name in "abc":
+        clock.lap(name)
+    assert clock.seconds == {"seconds_a": 1.0, "seconds_b": 2.0, "seconds_c": 4.0}
 
 
 def test_the_seconds_of_a_step_are_those_of_its_parts(run, pays_length, monkeypatch):
