@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import test_parallel
@@ -16,7 +15,7 @@ from conftest import largest_difference, updated
 
 from harness.batching import policy_inputs
 from harness.prompts import Problem
-from harness.vllm_sampler import VLLMSampler, check_sampler, logp_gap
+from harness.vllm_sampler import VLLMSampler, check_sampler
 
 if not os.environ.get("REQUIRE_VLLM"):
     pytest.importorskip("vllm")
@@ -185,8 +184,7 @@ def test_sleep_without_a_gpu_and_a_missing_gpu_are_one_line(folder, config, monk
 
 
 def self_test(sampler, model, accelerator, config) -> None:
-    policy = grpo.Policy(model)
-    check_sampler(sampler, policy, PROMPTS, partial(logp_gap, policy, accelerator, config), config)
+    check_sampler(sampler, grpo.Policy(model), accelerator, PROMPTS, config)
 
 
 def test_the_self_test_passes_and_leaves_the_model_as_it_was(folder, config, accelerator):
