@@ -76,7 +76,7 @@ class Rollout:
     penalty: float = 0.0  # taken off the reward before it becomes an advantage
     advantage: float = 0.0
     dead: bool = False  # reward - penalty is the same in the whole group
-    old_logps: list[float] | None = None  # the trainer's before the update, where asked for
+    old_logps: list[float] | None = None  # the trainer's, before the update, if asked for
     ref_logps: list[float] | None = None  # under the reference model, if there is one
 
     @property
@@ -163,7 +163,7 @@ class TorchSampler:
             if stopped.any():
                 ended[unfinished[stopped]] = True
                 lengths[unfinished[stopped]] = t + 1
-                kept = kv_cache.close_gaps(stopped)  # finished rows leave, the last ones move up
+                kept = kv_cache.close_gaps(stopped)  # rows to keep; the last ones fill the gaps
                 unfinished, token, mask = unfinished[kept], token[kept], mask[kept]
                 cache.batch_select_indices(kept)
             if t + 1 == max_tokens or not len(unfinished):
@@ -226,8 +226,8 @@ def collect(sampler, tokenizer, task, config: Config, step: int) -> tuple[list[R
         return metrics.groups_of(drawn, G)
 
     groups = draw(0, config.prompts_per_step)
-    # GRPO: DAPO's dynamic sampling, off by default: fresh groups for those of equal rewards, which
-    # are the task's, before any penalty
+    # GRPO: DAPO's dynamic sampling, off by default: fresh groups for those whose rewards, before
+    # any penalty, are equal
     for attempt in range(1, 1 + config.resample_rounds):
         equal = [i for i, group in enumerate(groups) if metrics.is_dead(group)]
         if not equal:
@@ -270,7 +270,7 @@ def assign_advantages(rollouts: list[Rollout], config: Config) -> None:
     for r in rollouts:
         limit, share = config.max_completion_tokens, config.overlong_share
         r.penalty = variants.overlong_penalty(r.length, limit, share)
-        if config.kl_in == "reward":  # GRPO: the KL of the whole completion, by k1, off its reward
+        if config.kl_in == "reward":  # GRPO: k1, summed over the completion, off its reward
             acted = r.logps if r.old_logps is None else r.old_logps
             r.penalty += config.kl_coef * (sum(acted) - sum(r.ref_logps))
     rewards = torch.tensor([r.reward - r.penalty for r in rollouts], dtype=torch.float64)
@@ -385,7 +385,7 @@ def policy_loss(
 
 def k3(d: Tensor) -> Tensor:
     """exp(-d) - 1 + d, for d = logp - ref_logp: unbiased and never negative (GRPO, eq. 4)."""
-    return torch.expm1(-d) + d  # exp(-d) - 1 could round to less than 0
+    return torch.expm1(-d) + d  # exp(-d) - 1 + d could round below 0
 
 
 KL_ESTIMATES = {"k3": k3, **variants.KL_ESTIMATES}
@@ -479,7 +479,7 @@ def optimizer_step(
     trained = [r for r in rows if not r.dead] if config.drops_dead_groups else rows
     if all(r.dead for r in trained) and not config.loss_is_regularised:
         trained = []  # no step: with gradients of 0, AdamW's momentum would still move the weights
-    # scale: the number of processes, whose gradients get averaged; 0 for rows that only fill up
+    # scale: number of processes, to undo the averaging of gradients; 0 for rows that only fill up
     for batch, scale, last in own_microbatches(trained, config.tokens_per_microbatch):
         with parallel.holds_gradients(accelerator, policy, last):
             recorder = figures if scale else None
