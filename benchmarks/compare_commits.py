@@ -7,14 +7,14 @@ The two runs of a pair go side by side, with one thread each, in MKL's mode that
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from common import ROOT, check_out, rows_of
+
 OF_THE_MACHINE = {"seconds_sample", "seconds_train", "seconds_sync", "tokens_per_second", "peak_memory"}
 PRESET = "--config configs/arithmetic.yaml"
 SHORT = f"{PRESET} --steps 2 --task_args.eval_size 50 --eval_samples 4"
@@ -37,10 +37,9 @@ def start(code: Path, flags: str, runs: Path) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=code, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def rows_of(runs: Path, log: str) -> list[dict]:
+def results_of(runs: Path, log: str) -> list[dict]:
     (path,) = runs.glob(f"*/{log}")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in OF_THE_MACHINE} for row in rows]
+    return [{key: value for key, value in row.items() if key not in OF_THE_MACHINE} for row in rows_of(path)]
 
 
 def difference(one: list[dict], other: list[dict]) -> str:
@@ -65,11 +64,10 @@ def main() -> None:
     runs |= {title: f"{SHORT} {flags}" for title, flags in MORE.items()}
     print("| run | log | rows | |\n| --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as name:
-        codes = [ROOT if commit == "." else Path(name) / str(i) for i, commit in enumerate(options.commits)]
-        for code, commit in zip(codes, options.commits, strict=True):
-            if code != ROOT:
-                subprocess.run(["git", "clone", "-q", ROOT, code], check=True)
-                subprocess.run(["git", "-C", code, "checkout", "-q", commit], check=True)
+        codes = [
+            ROOT if commit == "." else check_out(commit, Path(name) / str(i))
+            for i, commit in enumerate(options.commits)
+        ]
         for title, flags in runs.items():
             if options.only not in title:
                 continue
@@ -79,7 +77,7 @@ def main() -> None:
             if any(process.returncode for process in processes):
                 sys.exit(f"{title}: {''.join(errors)[-2000:]}")
             for log in ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl"):
-                one, other = (rows_of(out, log) for out in outs)
+                one, other = (results_of(out, log) for out in outs)
                 found = difference(one, other)
                 differ = differ or bool(found)
                 print(f"| {title} | {log} | {len(one):,} | {found or 'equal'} |", flush=True)

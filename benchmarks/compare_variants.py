@@ -5,24 +5,13 @@
 Every run is `python grpo.py --config configs/arithmetic.yaml [--config configs/variants/V.yaml] --steps 60
 --minibatches 4 --lr 7e-4 --lr_schedule constant --seed S` with the flags of its row. Four updates a batch, since with
 one, all ratios are 1, and the variants of ratio and clip are one and the same; a constant rate, since one that falls
-hides at the end what a variant does. Two run at a time with one thread each. Prints a table and writes it,
-with the curves, to benchmarks/results/.
+hides at the end what a variant does. Two run at a time with one thread each. Draws the curves, too.
 """
 
-import argparse
-import json
-import os
-import platform
-import subprocess
-import sys
-import tempfile
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean
 
-import torch
-from arithmetic_seeds import ROOT, cpu_name
+from common import ROOT, arguments, arms_times_seeds, finished, flags, of_seeds, origin, table, write
 from matplotlib.figure import Figure
 
 OVERLAYS = sorted(path.stem for path in (ROOT / "configs" / "variants").glob("*.yaml"))
@@ -39,25 +28,21 @@ VARIANTS |= {
     "mask_truncated": ["--mask_truncated", "true"],
 }
 FOUR_UPDATES = ["--minibatches", "4", "--lr", "7e-4", "--lr_schedule", "constant"]
+COLUMNS = {  # heading: key, scale, digits
+    "sampled": ("accuracy_sampled", 100, 1), "greedy": ("accuracy", 100, 1), "worked": ("worked", 100, 1),
+    "length": ("length", 1, 1), "clipped": ("clipped", 100, 1), "tokens": ("tokens", 1e-6, 2),
+    "seconds": ("seconds", 1, 0),
+}  # fmt: skip
 
 
-def run(flags: list[str], steps: int, seed: int) -> dict:
+def run(arm: list[str], steps: int, seed: int) -> dict:
     """The last evaluation, the rewards of the steps, and `seconds` of the whole process."""
-    with tempfile.TemporaryDirectory() as runs:
-        command = ["--config", "configs/arithmetic.yaml", *flags, "--steps", str(steps), *FOUR_UPDATES]
-        command += ["--seed", str(seed), "--eval_steps", "0", "--runs", runs]
-        started = time.time()
-        subprocess.run(
-            [sys.executable, "grpo.py", *command], cwd=ROOT, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        (folder,) = Path(runs).iterdir()
-        row = json.loads((folder / "eval.jsonl").read_text().splitlines()[-1])
-        metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        row |= {"seconds": time.time() - started, "tokens": metrics[-1]["tokens"]}
-        row["rewards"] = [m["reward"] for m in metrics]
-        row["clipped"] = fmean((m["clipped_low"] or 0) + (m["clipped_high"] or 0) for m in metrics)
-        return row
+    command = ["grpo.py", "--config", "configs/arithmetic.yaml", *arm, *FOUR_UPDATES]
+    with finished(*command, *flags(steps=steps, seed=seed, eval_steps=0), OMP_NUM_THREADS="1") as done:
+        row, metrics = done.read("eval.jsonl")[-1], done.read("metrics.jsonl")
+    row |= {"seconds": done.seconds, "tokens": metrics[-1]["tokens"], "rewards": [m["reward"] for m in metrics]}
+    row["clipped"] = fmean((m["clipped_low"] or 0) + (m["clipped_high"] or 0) for m in metrics)
+    return row
 
 
 def plot(results: dict[str, list[dict]], path: Path) -> None:
@@ -86,42 +71,22 @@ def plot(results: dict[str, list[dict]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "variants.md")
+    parser = arguments(__doc__, "variants.md", seeds=[0, 1, 2], steps=60, jobs=2, variants=VARIANTS)
     options = parser.parse_args()
-    with ThreadPoolExecutor(options.jobs) as pool:
-        futures = {
-            name: [pool.submit(run, VARIANTS[name], options.steps, seed) for seed in options.seeds]
-            for name in options.variants
-        }
-        results = {name: [future.result() for future in found] for name, found in futures.items()}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    lines = [
+    results = arms_times_seeds(run, {name: VARIANTS[name] for name in options.variants}, options, options.seeds)
+    begin = (
         f"`python benchmarks/compare_variants.py`, {options.steps} steps of 256 completions, four updates each, seeds "
-        f"{options.seeds}, {options.jobs} runs at a time on {os.cpu_count()} cores of {cpu_name()}, torch "
-        f"{torch.__version__}, Python {platform.python_version()}, commit {commit.strip()}. Each cell has the seeds. "
+        f"{options.seeds}, {options.jobs} runs at a time on"
+    )
+    about = (
+        f"{origin(begin, 'torch', 'Python')} Each cell has the seeds. "
         "Accuracy, worked answers and clipped tokens in percent, accuracy on 500 problems that are in no training: the "
         "95 % interval of one sampled accuracy is some 2 to 3 points to each side, of a greedy one 1 to 2. Tokens in "
-        "millions, with those that dynamic sampling threw away.\n",
-        "| variant | flags | sampled | greedy | worked | length | clipped | tokens | seconds |",
-        "| --- " * 9 + "|",
-    ]
-    for name, rows in results.items():
-        cells = [
-            " ".join(f"{scale * row[key]:.{digits}f}" for row in rows)
-            for key, scale, digits in (
-                ("accuracy_sampled", 100, 1), ("accuracy", 100, 1), ("worked", 100, 1), ("length", 1, 1),
-                ("clipped", 100, 1), ("tokens", 1e-6, 2), ("seconds", 1, 0),
-            )
-        ]  # fmt: skip
-        lines.append(f"| {name} | {' '.join(VARIANTS[name])} | {' | '.join(cells)} |")
-    options.out.write_text("\n".join(lines) + "\n")
+        "millions, with those that dynamic sampling threw away."
+    )
+    rows = [[name, " ".join(VARIANTS[name]), *of_seeds(found, COLUMNS)] for name, found in results.items()]
+    write(options.out, about, table(f"variant | flags | {' | '.join(COLUMNS)}", rows))
     plot(results, options.out.with_suffix(".png"))
-    print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -4,22 +4,12 @@
 
 Each is `python grpo.py --config configs/arithmetic.yaml --steps 60 --minibatches 1 --lr 7e-4 --lr_schedule constant
 --seed 0` with the flags of its row: a rate that falls to 0 would stop much of this before one sees it. Two run at a
-time with one thread each. Prints what the metrics show, and writes it to benchmarks/results/.
+time with one thread each.
 """
 
-import argparse
-import json
-import os
-import platform
-import subprocess
-import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from statistics import fmean
 
-import torch
-from arithmetic_seeds import ROOT, cpu_name
+from common import arguments, arms_times_seeds, commit, cpu_name, finished, flags, table, versions, write
 
 FAILURES = {
     "healthy": [],
@@ -42,21 +32,15 @@ SHOWN = ("reward", "correct", "zero_advantage_groups", "truncated", "length", "e
 SHOWN += ("clipped_low", "clipped_high", "ratio_max", "skipped_updates", "nonfinite_updates")
 
 
-def run(flags: list[str], steps: int) -> tuple[list[dict], str]:
+def run(arm: list[str], steps: int, seed: int) -> tuple[list[dict], str]:
     """The rows of metrics.jsonl, and what the run said besides."""
-    with tempfile.TemporaryDirectory() as runs:
-        settings = dict(config="configs/arithmetic.yaml", steps=steps, seed=0, eval_steps=0, print_groups=0, runs=runs)
-        settings |= dict(minibatches=1, lr=7e-4, lr_schedule="constant")
-        command = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-        done = subprocess.run(
-            [sys.executable, "grpo.py", *command, *flags], cwd=ROOT, capture_output=True, text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        (folder,) = Path(runs).iterdir()
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    said = [line for line in done.stdout.splitlines() if line.startswith(("step ", "  will it learn"))]
-    said += [line for line in done.stderr.splitlines() if line.startswith("error")]
-    return rows, " / ".join(said)
+    settings = dict(config="configs/arithmetic.yaml", steps=steps, seed=seed, eval_steps=0, print_groups=0)
+    settings |= dict(minibatches=1, lr=7e-4, lr_schedule="constant")
+    with finished("grpo.py", *flags(**settings), *arm, check=False, OMP_NUM_THREADS="1") as done:
+        rows = done.read("metrics.jsonl")
+    out, errors = (text.splitlines() for text in (done.process.stdout, done.process.stderr))
+    said = [line for line in out if line.startswith(("step ", "  will it learn"))]
+    return rows, " / ".join(said + [line for line in errors if line.startswith("error")])
 
 
 def figure(rows: list[dict], key: str) -> str:
@@ -68,28 +52,17 @@ def figure(rows: list[dict], key: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--only", nargs="+", default=list(FAILURES), choices=list(FAILURES))
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "failures.md")
-    options = parser.parse_args()
-    with ThreadPoolExecutor(options.jobs) as pool:
-        futures = {name: pool.submit(run, FAILURES[name], options.steps) for name in options.only}
-        results = {name: future.result() for name, future in futures.items()}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    lines = [
-        f"`python benchmarks/failures.py`, {options.steps} steps, seed 0, torch {torch.__version__}, Python "
-        f"{platform.python_version()}, on a CPU ({cpu_name()}), commit {commit.strip()}. Each cell: mean of the first "
-        "five steps → mean of the last five.\n",
-        f"| run | flags | steps | {' | '.join(SHOWN)} | what it said |",
-        "| --- " * (len(SHOWN) + 4) + "|",
-    ]
-    for name, (rows, said) in results.items():
+    options = arguments(__doc__, "failures.md", steps=60, jobs=2, only=FAILURES).parse_args()
+    results = arms_times_seeds(run, {name: FAILURES[name] for name in options.only}, options, [0])
+    about = (
+        f"`python benchmarks/failures.py`, {options.steps} steps, seed 0, {versions('torch', 'Python')}, on a CPU "
+        f"({cpu_name()}), commit {commit()}. Each cell: mean of the first five steps → mean of the last five."
+    )
+    lines = []
+    for name, [(rows, said)] in results.items():
         cells = [f"{figure(rows[:5], key)} → {figure(rows[-5:], key)}" for key in SHOWN]
-        lines.append(f"| {name} | `{' '.join(FAILURES[name])}` | {len(rows)} | {' | '.join(cells)} | {said} |")
-    options.out.write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+        lines.append([name, f"`{' '.join(FAILURES[name])}`", len(rows), *cells, said])
+    write(options.out, about, table(f"run | flags | steps | {' | '.join(SHOWN)} | what it said", lines))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ itself takes. Figures are medians over the steps without the first two, in brack
 Writes results/gpu.json, each row with all of this, and results/gpu.md from it.
 """
 
-import argparse
 import json
 import math
 import os
@@ -46,9 +45,9 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from arithmetic_seeds import ROOT
+from against_trl import OF_TRL, Parity
+from common import RESULTS, ROOT, arguments, commit, table, train, write
 
-sys.path.insert(0, str(ROOT))
 QWEN = dict(vocab_size=151936, num_key_value_heads=2, max_position_embeddings=32768, tie_word_embeddings=True)
 SIZES = {
     "Qwen2.5-0.5B": dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14),
@@ -74,27 +73,35 @@ COLUMNS = {  # figure: digits
 }  # fmt: skip
 
 
-class Digits:
+class Digits(Parity):
     """Prompts of 80 to 120 digits, each a token. A completion is right by chance."""
 
-    def train(self, rng, step):
-        return {"prompt": "".join(rng.choices("0123456789", k=rng.randrange(80, 121)))}
+    def problem(self, rng):
+        return "".join(rng.choices("0123456789", k=rng.randrange(80, 121)))
 
     def eval(self):
         return [{"prompt": "0123456789" * 10}]
 
-    def prompt(self, example):
-        return example["prompt"]
-
-    def reward(self, text, example):
-        right = float(zlib.crc32(text.encode()) % 2)
-        return {"reward": right, "correct": right, "format": 1.0, "prediction": None, "ground_truth": None}
+    def is_right(self, text):
+        return zlib.crc32(text.encode()) % 2
 
 
 def model_config(shape: str):
     import transformers
 
     return getattr(transformers, f"Qwen{3 if 'Qwen3' in shape else 2}Config")(**QWEN | SIZES[shape])
+
+
+def save_tokenizer(folder: str, vocabulary: int, eos: int) -> None:
+    """One that writes token i as the number i and reads digits."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<eos>" if i == eos else str(i): i for i in range(vocabulary)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
+    backend.pre_tokenizer = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<eos>")
+    tokenizer.save_pretrained(folder)
 
 
 def matmul(size: int) -> dict:
@@ -113,9 +120,8 @@ def matmul(size: int) -> dict:
 
 
 def prepare(shape: str, folder: str, matmul_size: int) -> dict:
-    """A model of random weights, and a tokenizer that writes token i as the number i and reads digits."""
+    """A model of random weights, and its tokenizer."""
     import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers
 
     config, work, low, high = model_config(shape), WORK[shape], 1.0, 1e6
     for _ in range(60):  # the mean of a geometric distribution cut off at n is m * (1 - exp(-n / m))
@@ -127,11 +133,7 @@ def prepare(shape: str, folder: str, matmul_size: int) -> dict:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.generation_config.eos_token_id = ends
     model.save_pretrained(folder)
-    words = {"<eos>" if i == ends[0] else str(i): i for i in range(config.vocab_size)}
-    backend = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
-    backend.pre_tokenizer = pre_tokenizers.Digits(individual_digits=True)
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<eos>")
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(folder, config.vocab_size, ends[0])
     return matmul(matmul_size) | {"parameters": model.num_parameters(), "end_tokens": len(ends)}
 
 
@@ -148,20 +150,17 @@ def figures(shape: str, sampling, training, sync, lengths: list[int], trained: l
 
 
 def ours(shape: str, folder: str, steps: int, sampler: str) -> dict:
-    import grpo
     from harness import memory
     from harness.run_folder import RunFolder
 
     tables, needs, w = [], memory.needs, WORK[shape]
     memory.needs = lambda *args: tables.append(needs(*args)) or tables[-1]  # the first is that of the run
     RunFolder.save_checkpoint = RunFolder.save_final = lambda *args, **kwargs: None  # 16 bytes a parameter
-    with tempfile.TemporaryDirectory() as runs:
-        settings = dict(model=folder, task=f"{__file__}:Digits", runs=runs, sampler=sampler, steps=steps, lr=1e-6)
-        settings |= dict(prompts_per_step=w["P"], group_size=w["G"], tokens_per_microbatch=w["microbatch"])
-        settings |= dict(max_prompt_tokens=MAX_PROMPT, max_completion_tokens=w["longest"], print_groups=0)
-        settings |= dict(gradient_checkpointing=w["checkpointing"], eval_steps=0, eval_samples=1)
-        run = RunFolder(grpo.train(grpo.Config(**settings))["run"])
-        metrics, rollouts = run.read("metrics.jsonl"), run.read("rollouts.jsonl")
+    settings = dict(model=folder, task=f"{__file__}:Digits", sampler=sampler, steps=steps, lr=1e-6)
+    settings |= dict(prompts_per_step=w["P"], group_size=w["G"], tokens_per_microbatch=w["microbatch"])
+    settings |= dict(max_prompt_tokens=MAX_PROMPT, max_completion_tokens=w["longest"])
+    settings |= dict(gradient_checkpointing=w["checkpointing"], eval_steps=0, eval_samples=1)
+    metrics, rollouts = train(**settings)
     found = []
     for row in metrics:
         rows = [r for r in rollouts if r["step"] == row["step"]]
@@ -196,10 +195,9 @@ def theirs(shape: str, folder: str, steps: int, sampler: str) -> dict:
 
     with tempfile.TemporaryDirectory() as out:
         config = GRPOConfig(
-            output_dir=out, per_device_train_batch_size=at_once, gradient_accumulation_steps=rows // at_once,
-            num_generations=w["G"], max_completion_length=w["longest"], learning_rate=1e-6, beta=0.0, seed=0,
-            lr_scheduler_type="constant", loss_type="dapo", max_steps=steps, use_cpu=not on_gpu, bf16=on_gpu,
-            gradient_checkpointing=w["checkpointing"], report_to="none", save_strategy="no", disable_tqdm=True,
+            **OF_TRL, output_dir=out, per_device_train_batch_size=at_once, num_generations=w["G"], max_steps=steps,
+            gradient_accumulation_steps=rows // at_once, max_completion_length=w["longest"], use_cpu=not on_gpu,
+            bf16=on_gpu, gradient_checkpointing=w["checkpointing"],
             use_vllm=sampler == "vllm", vllm_max_model_length=longest, vllm_importance_sampling_correction=False,
         )  # fmt: skip
         Timed(
@@ -254,30 +252,25 @@ def cells(row: dict) -> list[str]:
     return found + [f"{row[key]:.1f}" if row[key] else "-" for key in ("peak", "by_arithmetic", "matmul_tflops")]
 
 
-def write(rows: dict[tuple[str, str], dict], out: Path) -> None:
+def report(rows: dict[tuple[str, str], dict], out: Path) -> None:
     """What was measured to JSON; all rows to a table, which is printed too."""
     measured, runs = [row for row in rows.values() if "command" in row], {}
     for row in measured:
         of = ", ".join(f"{package} {number}" for package, number in row["versions"].items())
         of += f", commit {row['commit'] or 'unknown'}, seed {row['seed']}, {row['number_of_steps']} steps"
-        runs[f"`{row['command']}`: {row.get('device', 'unknown device')}, {of}.\n"] = None
+        runs[f"`{row['command']}`: {row.get('device', 'unknown device')}, {of}."] = None
     heads = ["shape", "program", "sampler", *COLUMNS, "peak GB", "by arithmetic", "matmul TFLOP/s"]
-    lines = [*runs, f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
-    lines += [f"| {shape} | {program} | {' | '.join(cells(row))} |" for (shape, program), row in rows.items()]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_text(json.dumps(measured, indent=1) + "\n")
-    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines), flush=True)
+    write(out.with_suffix(".md"), *runs, table(" | ".join(heads), [[*key, *cells(row)] for key, row in rows.items()]))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     shapes = [shape for shape in SIZES if shape != "tiny"]
-    parser.add_argument("--shapes", nargs="+", default=shapes, choices=shapes)
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--tiny", action="store_true", help="a toy, on any device, to gpu_tiny.md")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="a folder")
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    parser = arguments(
+        __doc__, tiny="a toy, on any device, to gpu_tiny.md", one=2, shapes=dict.fromkeys(shapes), steps=6
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="a folder")
     options = parser.parse_args()
     if options.one:
         return answer(*options.one)
@@ -289,13 +282,12 @@ def main() -> None:
     if (before := out.with_suffix(".json")).exists():
         rows |= {(row["shape"], row["program"]): row for row in json.loads(before.read_text())}
     if not on_gpu and not options.tiny:
-        write(rows, out)
+        report(rows, out)
         print("there is no CUDA GPU here: nothing was measured")
         return
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     owners = packages_distributions()  # vLLM's builds go by several names
     packages = [package for package in ("torch", "transformers", "vllm", "trl") if package in owners]
-    head = dict(command=" ".join(["python benchmarks/gpu.py", *sys.argv[1:]]), commit=commit.strip(), seed=0)
+    head = dict(command=" ".join(["python benchmarks/gpu.py", *sys.argv[1:]]), commit=commit(), seed=0)
     head |= dict(versions={package: version(owners[package][0]) for package in packages})
     head |= dict(number_of_steps=options.steps, sampler="vllm" if on_gpu and find_spec("vllm") else "torch")
     for shape in options.shapes:
@@ -308,7 +300,7 @@ def main() -> None:
                     step["% of matmul"] = 100 * step["training TFLOP/s"] / row["matmul_tflops"]
                 row |= {} if "failed" in row else dict(figures=summary(row["steps"][2:] or row["steps"]))
                 rows[shape, program] = row
-                write(rows, out)  # after each: a later one may be killed
+                report(rows, out)  # after each: a later one may be killed
                 if options.tiny and "failed" in row:
                     sys.exit(row["failed"])
 

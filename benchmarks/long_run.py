@@ -8,15 +8,11 @@ The extract, in results/long_run/: config.yaml, eval.jsonl, every tenth row of m
 250th step, one of mixed rewards and the first one.
 """
 
-import argparse
 import json
 import shutil
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
-from arithmetic_seeds import ROOT
+from common import arguments, finished, rows_of
 
 SETTINGS = ["--task_args.max_depth", "6", "--max_prompt_tokens", "64"]
 SETTINGS += ["--minibatches", "1", "--lr", "7e-4", "--lr_schedule", "constant"]
@@ -30,10 +26,9 @@ def extract(run: Path, out: Path) -> None:
     lines = (run / "metrics.jsonl").read_text().splitlines()
     (out / "metrics.jsonl").write_text("\n".join([lines[0], *lines[9::10]]) + "\n")
     steps: dict[int, list[dict]] = {}
-    with open(run / "rollouts.jsonl") as file:
-        for row in map(json.loads, file):
-            if row["step"] == 1 or row["step"] % 250 == 0:
-                steps.setdefault(row["step"], []).append(row)
+    for row in rows_of(run / "rollouts.jsonl"):
+        if row["step"] == 1 or row["step"] % 250 == 0:
+            steps.setdefault(row["step"], []).append(row)
     kept = []
     for rows in steps.values():
         groups = [rows[i : i + 8] for i in range(0, len(rows), 8)]
@@ -43,16 +38,15 @@ def extract(run: Path, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__, "long_run", steps="1000")
     parser.add_argument("run", type=Path, nargs="?")
-    parser.add_argument("--steps", default="1000")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "long_run")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as runs:
-        if not options.run:
-            flags = ["--config", "configs/arithmetic.yaml", "--steps", options.steps, *SETTINGS, "--runs", runs]
-            subprocess.run([sys.executable, "grpo.py", *flags], cwd=ROOT, check=True)
-        extract(options.run or next(Path(runs).iterdir()), options.out)
+    if options.run:
+        extract(options.run, options.out)
+        return
+    command = ["grpo.py", "--config", "configs/arithmetic.yaml", "--steps", options.steps, *SETTINGS]
+    with finished(*command, quiet=False) as done:
+        extract(done.folder, options.out)
 
 
 if __name__ == "__main__":

@@ -8,23 +8,20 @@ of arithmetic. Sampling is 32 problems x 8 completions: `grpo.TorchSampler` with
 once with the completions that the model ends by itself, and once with all of them 64 tokens long.
 """
 
-import argparse
 import os
 import random
-import statistics
-import sys
 import time
+from statistics import median
 
 import torch
 import transformers
-from arithmetic_seeds import ROOT
+from common import ROOT, arguments
 
-sys.path.insert(0, str(ROOT))
-import grpo  # noqa: E402
-from harness import loading  # noqa: E402
-from mathformer import ArithmeticTask, MathformerForCausalLM  # noqa: E402
-from mathformer.tokenizer import build_tokenizer  # noqa: E402
-from mathformer.train import PretrainConfig, batches, build_model  # noqa: E402
+import grpo
+from harness import loading
+from mathformer import ArithmeticTask, MathformerForCausalLM
+from mathformer.tokenizer import build_tokenizer
+from mathformer.train import PretrainConfig, batches, build_model
 
 
 def bloom_of(model: MathformerForCausalLM) -> transformers.BloomForCausalLM:
@@ -79,14 +76,10 @@ def bloom_generate(bloom, prompts, eos: list[int], max_tokens: int, seed: int) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument(
-        "--trained", default=str(ROOT / "mathformer" / "pretrained"), help="the model that ends by itself"
-    )
+    parser = arguments(__doc__, tiny="one batch, two problems", turns=7, threads=os.cpu_count())
+    trained = str(ROOT / "mathformer" / "pretrained")
+    parser.add_argument("--trained", default=trained, help="the model that ends by itself")
     parser.add_argument("--sizes", nargs="+", default=["small", "medium"])
-    parser.add_argument("--tiny", action="store_true", help="one batch, two problems")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     transformers.utils.logging.set_verbosity_error()
@@ -100,9 +93,9 @@ def main() -> None:
         one(0), other(0)  # once without a clock
         figures = [(one(turn), other(turn)) for turn in range(options.turns)]
         ratios = [a / b for a, b in figures]
-        a, b = (statistics.median(column) for column in zip(*figures, strict=True))
+        a, b = (median(column) for column in zip(*figures, strict=True))
         spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-        print(f"| {name} | {a:,.0f} | {b:,.0f} | {statistics.median(ratios):.2f} | {spread} |")
+        print(f"| {name} | {a:,.0f} | {b:,.0f} | {median(ratios):.2f} | {spread} |")
 
     print("| | ours, tokens/s | BLOOM, tokens/s | ratio | of all turns |\n| --- | --- | --- | --- | --- |")
     trained, _ = loading.load_model(options.trained)

@@ -10,10 +10,9 @@ that. `0.2M` is the shipped small model with 2 heads of 32 in the place of 4 of 
 not take; the others are Qwen2s. Each sampler has a process of its own, with as many threads as the other one; they
 take turns, after a ragged call each as a warm-up. A figure is the median over the turns, in brackets the smallest and
 the largest; the ratio is that of neighbours. `sync` is what new weights for vLLM take after each update; torch's
-sampler has the trainer's own. Writes results/samplers.md.
+sampler has the trainer's own.
 """
 
-import argparse
 import json
 import os
 import random
@@ -23,18 +22,14 @@ import tempfile
 import time
 from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
-from pathlib import Path
 from statistics import mean
 
 import torch
-from arithmetic_seeds import ROOT
-from scaling import spread
-from step_time import origin
+from common import ROOT, arguments, in_turns, origin, spread, table, write
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from harness.vllm_sampler import VLLMSampler
 
-sys.path.insert(0, str(ROOT))
 WORK = {"toy": (2, 6), "0.2M": (32, 64), "2.8M": (32, 64), "30M": (32, 32), "121M": (8, 32), "0.5B": (2, 16)}
 SHAPES = {  # vocabulary, width, MLP, layers, heads, heads of the keys
     "2.8M": (33, 256, 640, 4, 4, 2),
@@ -109,9 +104,8 @@ def compare(size: str, kinds: list[str], turns: int) -> dict:
         for worker in workers.values():
             worker.ask("ragged")  # a warm-up
         for lengths in ("fixed", "ragged"):
-            for turn in range(turns):
-                for kind in kinds if turn % 2 == 0 else kinds[::-1]:
-                    found.setdefault((lengths, kind), []).append(workers[kind].ask(lengths))
+            for kind in in_turns(kinds, turns):
+                found.setdefault((lengths, kind), []).append(workers[kind].ask(lengths))
         found["sync"] = [workers[kinds[-1]].ask("sync") for _ in range(turns)]
         for worker in workers.values():
             worker.process.stdin.close()
@@ -120,12 +114,10 @@ def compare(size: str, kinds: list[str], turns: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", nargs="+", choices=WORK, default=["0.2M", "2.8M", "30M", "121M"])
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--tiny", action="store_true", help="one turn of 2 x 8 completions of at most 6 tokens")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "samplers.md")
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    parser = arguments(
+        __doc__, "samplers.md", "one turn of 2 x 8 completions of at most 6 tokens", one=3, sizes=WORK, turns=3
+    )
+    parser.set_defaults(sizes=["0.2M", "2.8M", "30M", "121M"])
     options = parser.parse_args()
     if options.one:
         work(*options.one)
@@ -148,14 +140,12 @@ def main() -> None:
                 cells.append(spread([row["seconds"] for row in found["sync"]], 3))
             cells += ["not measured"] * (4 - len(cells))
             drawn = ", ".join(f"{mean(row['length'] for row in rows):.1f}" for rows in answers)
-            lines.append(f"| {size} | {WORK[size][0] * 8} | {lengths}: {drawn} | {' | '.join(cells)} |")
-    used = f"{turns} turns, seed 0, threads of each sampler: {', '.join(sorted(threads))}"
-    vllm = f" vLLM {version(packages_distributions()['vllm'][0])}." if len(kinds) == 2 else " vLLM is not installed."
-    heads = ["model", "completions", "tokens of one (torch, vLLM)", "torch, tokens a second", "vLLM, tokens a second"]
-    heads += ["vLLM / torch", "sync of vLLM, seconds"]
-    head = [origin("python benchmarks/samplers.py", used) + vllm + "\n", f"| {' | '.join(heads)} |", "| --- " * 7 + "|"]
-    options.out.write_text("\n".join(head + lines) + "\n")
-    print(options.out.read_text())
+            lines.append([size, WORK[size][0] * 8, f"{lengths}: {drawn}", *cells])
+    vllm = f"vLLM {version(packages_distributions()['vllm'][0])}." if len(kinds) == 2 else "vLLM is not installed."
+    used = f"{turns} turns, seed 0, threads of each sampler: {', '.join(sorted(threads))},"
+    heads = "model | completions | tokens of one (torch, vLLM) | torch, tokens a second | vLLM, tokens a second"
+    heads += " | vLLM / torch | sync of vLLM, seconds"
+    write(options.out, f"{origin(f'`python benchmarks/samplers.py`, {used}')} {vllm}", table(heads, lines))
 
 
 if __name__ == "__main__":

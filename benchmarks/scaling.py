@@ -14,31 +14,25 @@ Padding: percent of the positions of all batches that hold no token; in brackets
 the rows of the first of the updates that `python grpo.py` makes in a step. `geometric`: 32 x 8 completions that end
 after each token with a probability of 1/250, and at 512; prompts of 50 to 150 tokens. `together`: all rows in one
 batch. `in order`: in the order in which they were sampled, as many to a batch as the budget allows if all were as long
-as the longest. `sorted`: `microbatches`. Writes results/scaling.md.
+as the longest. `sorted`: `microbatches`.
 """
 
-import argparse
 import json
 import math
-import os
 import random
-import subprocess
-import sys
 import tempfile
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 
 import torch
 from against_trl import make_model
-from arithmetic_seeds import ROOT
-from step_time import origin
+from common import arguments, in_a_process, in_turns, origin, spread, table, train, write
 
 from harness.batching import microbatches, row_tokens
 from harness.metrics import peak_memory
 
-sys.path.insert(0, str(ROOT))
 P, G, TOKENS, BUDGETS = 8, 8, 48, (2048, 8192, 16384)
 
 
@@ -70,14 +64,12 @@ def run(model: str, times: int, tiny: bool) -> dict:
         return learned
 
     loading.find_eos, grpo.update = no_eos, profiled_update
-    with tempfile.TemporaryDirectory() as runs:
-        settings = dict(model=model, task=f"{Path(__file__).with_name('against_trl.py')}:Parity", device="cpu", lr=1e-6)
-        settings |= dict(prompts_per_step=times * P, group_size=G, max_completion_tokens=tokens, max_prompt_tokens=16)
-        settings |= dict(task_args={"digits": 1}, sample_rows=P * G)
-        settings |= dict(tokens_per_microbatch=P * G // 2 * (5 + tokens))  # prompts have 5
-        settings |= dict(steps=steps, save_steps=steps, eval_samples=1, print_groups=0, dead_groups="keep", runs=runs)
-        folder = grpo.RunFolder(grpo.train(grpo.Config(**settings))["run"])
-        rows = folder.read("metrics.jsonl")[1:-1] or folder.read("metrics.jsonl")[:1]
+    settings = dict(model=model, task=f"{Path(__file__).with_name('against_trl.py')}:Parity", device="cpu", lr=1e-6)
+    settings |= dict(prompts_per_step=times * P, group_size=G, max_completion_tokens=tokens, max_prompt_tokens=16)
+    settings |= dict(task_args={"digits": 1}, sample_rows=P * G, eval_samples=1, dead_groups="keep")
+    settings |= dict(tokens_per_microbatch=P * G // 2 * (5 + tokens))  # prompts have 5
+    metrics, _ = train(**settings, steps=steps, save_steps=steps)
+    rows = metrics[1:-1] or metrics[:1]
     found |= {part: mean(row[part] for row in rows) for part in ("seconds_sample", "seconds_train")}
     return found | {"tokens": times * P * G * tokens, "threads": torch.get_num_threads()}
 
@@ -115,11 +107,9 @@ def padding(batches: list[list]) -> str:
     return f"{100 * (1 - tokens / positions):.1f} ({len(batches)})"
 
 
-def padding_table(tiny: bool) -> list[str]:
-
+def padding_table(tiny: bool) -> str:
     heads = [f"{order}, {budget}" for budget in BUDGETS for order in ("in order", "sorted")]
-    lines = [f"\n| rows of | rows | tokens a row | longest | together | {' | '.join(heads)} |", "| --- " * 11 + "|"]
-    steps = trained_rows(1 if tiny else 50)
+    steps, lines = trained_rows(1 if tiny else 50), []
     named = {f"default run, step {i}": steps[i - 1] for i in (1, 25, 50) if i <= len(steps)}
     for name, rows in (named | {"geometric": geometric_rows()}).items():
         longest = max(row_tokens(row) for row in rows)
@@ -128,61 +118,42 @@ def padding_table(tiny: bool) -> list[str]:
             n = max(1, budget // longest)
             cells.append(padding([rows[i : i + n] for i in range(0, len(rows), n)]))
             cells.append(padding(microbatches(rows, budget)))
-        lines.append(f"| {name} | {' | '.join(map(str, cells))} |")
-    return lines
-
-
-def measure(model: str, times: int, tiny: bool) -> dict:
-    command = [sys.executable, __file__, "--one", model, str(times), *["--tiny"] * tiny]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    if done.returncode:
-        raise RuntimeError(done.stderr[-3000:])
-    return json.loads(done.stdout.splitlines()[-1])
+        lines.append([name, *cells])
+    return table(f"rows of | rows | tokens a row | longest | together | {' | '.join(heads)}", lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--tiny", action="store_true", help="one turn, two short steps of the smallest size")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "scaling.md")
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    parser = arguments(__doc__, "scaling.md", "one turn, two short steps of the smallest size", one=2, turns=3)
     options = parser.parse_args()
     if options.one:
         model, times = options.one
         print(json.dumps(run(model, int(times), options.tiny)))
         return
-    turns, sizes = (1, [1]) if options.tiny else (options.turns, [1, 2, 4, 8])
+    turns, sizes, tiny = (1, [1], ["--tiny"]) if options.tiny else (options.turns, [1, 2, 4, 8], [])
     found = {times: [] for times in sizes}
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder))
-        for turn in range(turns):
-            for times in sizes if turn % 2 == 0 else sizes[::-1]:
-                found[times].append(measure(folder, times, options.tiny))
-                print(times, found[times][-1], flush=True)
+        for times in in_turns(sizes, turns):
+            found[times].append(in_a_process(__file__, "--one", folder, str(times), *tiny))
+            print(times, found[times][-1], flush=True)
     threads = f"threads: {found[1][0]['threads']} (of the default run: 1)"
-    heads = ["sampling, seconds a step", "a 1,000 tokens", "to the first row", "training, seconds a step"]
-    heads += ["a 1,000 tokens", "to the first row", "peak RSS, MB", "live tensors, MB"]
-    lines = [
-        f"{origin('python benchmarks/scaling.py', f'{turns} turns, seed 0, {threads}')} In brackets the smallest and "
-        "the largest of the turns.\n",
-        f"| prompts a step | tokens | {' | '.join(heads)} |",
-        "| --- " * 10 + "|",
-    ]
+    heads = "prompts a step | tokens | sampling, seconds a step | a 1,000 tokens | to the first row"
+    heads += " | training, seconds a step | a 1,000 tokens | to the first row | peak RSS, MB | live tensors, MB"
+    about = (
+        f"{origin(f'`python benchmarks/scaling.py`, {turns} turns, seed 0, {threads},')} In brackets the smallest and "
+        "the largest of the turns."
+    )
+    lines = []
     for times, rows in found.items():
-        cells = [str(times * P), str(rows[0]["tokens"])]
+        cells = [times * P, rows[0]["tokens"]]
         for part in ("seconds_sample", "seconds_train"):
             by_token = [1000 * row[part] / row["tokens"] for row in rows]
             first = [1000 * row[part] / row["tokens"] for row in found[1]]
             ratios = [a / b for a, b in zip(by_token, first, strict=True)]
             cells += [spread([row[part] for row in rows], 2), spread(by_token, 3), spread(ratios, 2)]
         cells += [spread([row[key] for row in rows], 0) for key in ("peak RSS, MB", "live tensors, MB")]
-        lines.append(f"| {' | '.join(cells)} |")
-    options.out.write_text("\n".join(lines + padding_table(options.tiny)) + "\n")
-    print(options.out.read_text())
-
-
-def spread(values: list[float], digits: int) -> str:
-    return f"{median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+        lines.append(cells)
+    write(options.out, about, table(heads, lines), padding_table(options.tiny))
 
 
 if __name__ == "__main__":

@@ -8,18 +8,12 @@ writes 2 x 4 completions of 32 tokens to prompts of 64, in float32, sampled with
 The functions of a step are wrapped from outside. The seconds of a part are those inside its functions, less those of
 other parts that they call. A step lasts from the end of one `RunFolder.log_step` to the end of the next; no evaluation
 and no checkpoint falls between. A figure is the median over the steps without the first two, so that the parts do not
-add up exactly. Writes results/step_time.md.
+add up exactly.
 """
 
-import argparse
-import os
-import platform
-import subprocess
-import sys
 import tempfile
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from pkgutil import resolve_name
 from statistics import median
 from time import perf_counter
@@ -27,10 +21,9 @@ from time import perf_counter
 import torch
 import transformers
 from against_trl import Parity
-from arithmetic_seeds import ROOT, cpu_name
-from tokenizers import Tokenizer, models, pre_tokenizers
+from common import arguments, origin, table, write
+from gpu import model_config, save_tokenizer
 
-sys.path.insert(0, str(ROOT))
 PARTS = {
     "drawing prompts": ["grpo.draw_prompts"],
     "sampling": ["grpo.TorchSampler.generate"],
@@ -55,15 +48,10 @@ class Digits(Parity):
 
 
 def make_qwen(folder: str, tiny: bool) -> None:
-    """Token i is written as the number i; in a prompt each digit is a token."""
-    shape = dict(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24)
-    shape |= dict(vocab_size=64, hidden_size=56, intermediate_size=64, num_hidden_layers=2) if tiny else {}
-    shape |= dict(num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True)
-    numbers = Tokenizer(models.WordLevel({str(i): i for i in range(shape["vocab_size"])}))
-    numbers.pre_tokenizer = pre_tokenizers.Digits(individual_digits=True)
+    config = model_config("tiny" if tiny else "Qwen2.5-0.5B")
     torch.manual_seed(0)
-    transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**shape)).save_pretrained(folder)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=numbers, eos_token="0").save_pretrained(folder)
+    transformers.Qwen2ForCausalLM(config).save_pretrained(folder)
+    save_tokenizer(folder, config.vocab_size, 0)
 
 
 class Enough(Exception):
@@ -116,17 +104,9 @@ def measure(watch: Stopwatch, config, steps: int) -> dict:
     return found | dict(least=min(whole), most=max(whole), threads=torch.get_num_threads())
 
 
-def origin(command: str, what: str) -> str:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
-    return f"`{command}`, {what}, {os.cpu_count()} cores of {cpu_name()}, {versions}, commit {commit.strip()}."
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tiny", action="store_true", help="one step of each, a toy in the place of the 0.5B model")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "step_time.md")
-    options = parser.parse_args()
+    tiny = "one step of each, a toy in the place of the 0.5B model"
+    options = arguments(__doc__, "step_time.md", tiny).parse_args()
     import grpo
     from harness import loading
 
@@ -144,18 +124,14 @@ def main() -> None:
         settings = dict(model=folder, task=f"{__file__}:Digits", dead_groups="keep", device="cpu", runs=folder)
         found["0.5B"] = measure(watch, grpo.Config(**settings, **size), 1 if options.tiny else 5)
     used = "; ".join(f"{name}: threads {row['threads']}" for name, row in found.items())
-    lines = [
-        f"{origin('python benchmarks/step_time.py', 'seed 0')} {used}.\n",
-        "| part | " + " | ".join(f"{name}, seconds a step | % of the step" for name in found) + " |",
-        "| --- " * (1 + 2 * len(found)) + "|",
-    ]
+    heads = " | ".join(["part", *(f"{name}, seconds a step | % of the step" for name in found)])
+    rows = []
     for part in [*PARTS, "the rest", "the whole step"]:
         cells = [f"{row[part]:.4f} | {100 * row[part] / row['the whole step']:.1f}" for row in found.values()]
-        lines.append(f"| {part} | {' | '.join(cells)} |")
-    spans = [f"{row['least']:.4f} to {row['most']:.4f} | " for row in found.values()]
-    lines.append(f"| shortest and longest step | {' | '.join(spans)} |")
-    options.out.write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+        rows.append([part, *cells])
+    rows.append(["shortest and longest step"])
+    rows[-1] += [f"{row['least']:.4f} to {row['most']:.4f} | " for row in found.values()]
+    write(options.out, f"{origin('`python benchmarks/step_time.py`, seed 0,')} {used}.", table(heads, rows))
 
 
 if __name__ == "__main__":

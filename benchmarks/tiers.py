@@ -6,26 +6,20 @@ The shipped small model as a BLOOM of transformers, which computes the same and 
 default task with a KL penalty of 0.001 toward the start, so that there is a reference model to put away. `reward` is
 the mean over the last ten steps. `apart` is the mean over the steps of the difference from the float32 run of the same
 seed; `noise` what two float32 runs of other seeds are apart. GB are those of training Qwen2.5-3B at the sizes of
-countdown-3b.yaml on a card, by memory.py's arithmetic. Writes results/tiers.md.
+countdown-3b.yaml on a card, by memory.py's arithmetic.
 """
 
-import argparse
 import os
-import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import combinations
-from pathlib import Path
 from statistics import fmean
 
-import transformers
-from arithmetic_seeds import ROOT
+from common import ROOT, arguments, arms_times_seeds, of_seeds, origin, table, write
 from compare_variants import run
+from gpu import model_config
 from mathformer_vs_bloom import bloom_of
-from step_time import origin
 
-sys.path.insert(0, str(ROOT))
 from harness import loading, memory
 from harness.settings import parse_config
 
@@ -38,17 +32,19 @@ TIERS = {
     "all that saves": ["--optimizer", "adamw_offload", "--gradient_checkpointing", "true"]
     + ["--offload_reference", "true"],
 }
+COLUMNS = {  # heading: key, scale, digits
+    "reward": ("last_reward", 1, 3), "apart": ("apart", 1, 3), "sampled accuracy": ("accuracy_sampled", 100, 1),
+    "greedy": ("accuracy", 100, 1), "seconds": ("seconds", 1, 0),
+}  # fmt: skip
 
 
 def gigabytes(flags: list[str]) -> float:
     """Training Qwen2.5-3B on a card, torch's part."""
-    shape = dict(vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36)
-    shape |= dict(num_attention_heads=16, num_key_value_heads=2, tie_word_embeddings=True)
     config = parse_config(["--config", str(ROOT / "configs" / "countdown-3b.yaml")])
     config = replace(config, gradient_checkpointing=False, offload_reference=False)
     values = {name.removeprefix("--"): value for name, value in zip(flags[::2], flags[1::2], strict=True)}
     config = replace(config, **{name: value == "true" if value == "true" else value for name, value in values.items()})
-    shape = memory.Shape.of(transformers.Qwen2Config(**shape))
+    shape = memory.Shape.of(model_config("Qwen2.5-3B"))
     parts = memory.needs(shape, config, True, False, True, 80e9, memory.Spread())
     return sum(column[2] for column in parts.values()) / 1e9
 
@@ -58,47 +54,29 @@ def apart(a: list[float], b: list[float]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--tiers", nargs="+", default=list(TIERS), choices=list(TIERS))
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "tiers.md")
+    parser = arguments(__doc__, "tiers.md", seeds=[0, 1, 2], steps=40, jobs=2, tiers=TIERS)
     options = parser.parse_args()
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")  # some virtual machines announce AMX and forbid it
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
+    with tempfile.TemporaryDirectory() as folder:
         model, tokenizer = loading.load_model("mathformer/pretrained")
         bloom_of(model).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        common = ["--model", folder, "--kl_coef", "0.001"]
-        futures = {
-            name: [pool.submit(run, [*common, *TIERS[name]], options.steps, seed) for seed in options.seeds]
-            for name in options.tiers
-        }
-        results = {name: [future.result() for future in found] for name, found in futures.items()}
+        arms = {name: ["--model", folder, "--kl_coef", "0.001", *TIERS[name]] for name in options.tiers}
+        results = arms_times_seeds(run, arms, options, options.seeds)
     large = results[options.tiers[0]]
     noise = [apart(a["rewards"], b["rewards"]) for a, b in combinations(large, 2)]
-    what = (
-        f"{options.steps} steps of 256 completions, four updates each, seeds {options.seeds}, {options.jobs} at a time"
+    begin = (
+        f"`python benchmarks/tiers.py`, {options.steps} steps of 256 completions, four updates each, seeds "
+        f"{options.seeds}, {options.jobs} at a time,"
     )
-    lines = [
-        f"{origin('python benchmarks/tiers.py', what)} Each cell has the seeds; accuracy in percent. "
-        + (f"`noise` is {fmean(noise):.3f} ({min(noise):.3f} to {max(noise):.3f}).\n" if noise else "\n"),
-        "| setting | flags | reward | apart | sampled accuracy | greedy | seconds | GB for 3B |",
-        "| --- " * 8 + "|",
-    ]
+    about = f"{origin(begin)} Each cell has the seeds; accuracy in percent. "
+    about += f"`noise` is {fmean(noise):.3f} ({min(noise):.3f} to {max(noise):.3f})." if noise else ""
+    lines = []
     for name, rows in results.items():
-        cells = [
-            " ".join(f"{fmean(row['rewards'][-10:]):.3f}" for row in rows),
-            " ".join(f"{apart(a['rewards'], b['rewards']):.3f}" for a, b in zip(rows, large, strict=True)),
-            " ".join(f"{100 * row['accuracy_sampled']:.1f}" for row in rows),
-            " ".join(f"{100 * row['accuracy']:.1f}" for row in rows),
-            " ".join(f"{row['seconds']:.0f}" for row in rows),
-            f"{gigabytes(TIERS[name]):.0f}",
-        ]
-        lines.append(f"| {name} | {' '.join(TIERS[name])} | {' | '.join(cells)} |")
-    options.out.write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+        for row, of_large in zip(rows, large, strict=True):
+            row |= dict(apart=apart(row["rewards"], of_large["rewards"]), last_reward=fmean(row["rewards"][-10:]))
+        lines.append([name, " ".join(TIERS[name]), *of_seeds(rows, COLUMNS), f"{gigabytes(TIERS[name]):.0f}"])
+    write(options.out, about, table(f"setting | flags | {' | '.join(COLUMNS)} | GB for 3B", lines))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
-NO_PROGRAMS = {"leaky_task"}
+NO_PROGRAMS = {"leaky_task", "common"}
 ONE_RUN = ["--steps", "1", "--jobs", "1"]
 # script: its arguments, in which OUT is the test's folder; and the files that it writes there
 SMALLEST = {
