@@ -7,8 +7,6 @@ import yaml
 
 from harness.settings import CHANGEABLE_ON_RESUME, Config
 
-TEMPLATE = Path(__file__).with_suffix(".md").read_text()
-
 
 def table(rows: list[tuple]) -> str:
     return "\n".join(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in row)} |" for row in rows)
@@ -32,7 +30,7 @@ def model_card(config: Config, model_type: str, evaluations: list[dict], metrics
     shown = [name for name in fields if name == "steps" or name not in CHANGEABLE_ON_RESUME]
     none = dataclasses.MISSING
     defaults = {k: f.default if f.default_factory is none else f.default_factory() for k, f in fields.items()}
-    return TEMPLATE.format(
+    return Path(__file__).with_suffix(".md").read_text(encoding="utf-8").format(
         front=yaml.safe_dump(front, sort_keys=False), model=config.model, task=config.task, steps=config.steps,
         prompts=config.prompts_per_step, group=config.group_size, seed=config.seed, tokens=metrics[-1]["tokens"],
         minutes=sum(row["seconds_sample"] + row["seconds_train"] + row["seconds_sync"] for row in metrics) / 60,
