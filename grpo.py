@@ -216,11 +216,11 @@ def collect(sampler, tokenizer, task, config: Config, step: int) -> tuple[list[R
     G = config.group_size
     counts = {"prompts_too_long": 0, "resampled_groups": 0, "step_tokens": 0}
 
-    def draw(attempt: int, most: int) -> list[list[Rollout]]:
-        """`most` groups. Step and attempt seed the draw, so that a resumed run repeats it."""
+    def draw(attempt: int, n: int) -> list[list[Rollout]]:
+        """`n` groups. Step and attempt seed the draw, so that a resumed run repeats it."""
         problems, too_long = draw_prompts(task, tokenizer, config, step, attempt)
         seed = config.seed * 1_000_003 + step + 500_009 * attempt
-        drawn = complete(sampler, tokenizer, task, problems[:most], G, config.sampling, seed)
+        drawn = complete(sampler, tokenizer, task, problems[:n], G, config.sampling, seed)
         counts["prompts_too_long"] += too_long
         counts["step_tokens"] += sum(r.length for r in drawn)
         return metrics.groups_of(drawn, G)
@@ -229,7 +229,7 @@ def collect(sampler, tokenizer, task, config: Config, step: int) -> tuple[list[R
     # GRPO: DAPO's dynamic sampling, off by default: fresh groups for those whose rewards, before
     # any penalty, are equal
     for attempt in range(1, 1 + config.resample_rounds):
-        equal = [i for i, group in enumerate(groups) if metrics.is_dead(group)]
+        equal = [i for i, group in enumerate(groups) if metrics.equal_rewards(group)]
         if not equal:
             break
         for i, fresh in zip(equal, draw(attempt, len(equal)), strict=True):
@@ -271,8 +271,8 @@ def assign_advantages(rollouts: list[Rollout], config: Config) -> None:
         limit, share = config.max_completion_tokens, config.overlong_share
         r.penalty = variants.overlong_penalty(r.length, limit, share)
         if config.kl_in == "reward":  # GRPO: k1, summed over the completion, off its reward
-            acted = r.logps if r.old_logps is None else r.old_logps
-            r.penalty += config.kl_coef * (sum(acted) - sum(r.ref_logps))
+            old_logps = r.logps if r.old_logps is None else r.old_logps
+            r.penalty += config.kl_coef * (sum(old_logps) - sum(r.ref_logps))
     rewards = torch.tensor([r.reward - r.penalty for r in rollouts], dtype=torch.float64)
     rewards = rewards.view(-1, config.group_size)  # [P, G]
     advantages = group_advantages(rewards, config.advantage).flatten().tolist()
@@ -537,7 +537,6 @@ def setup(config: Config) -> loading.Run:
     run = loading.load(config)  # task, model, tokenizer, evaluation problems, device
     accelerator, model = run.accelerator, run.model
     loading.check_logits(model, run.problems[0].ids, output_logits)
-    torch.manual_seed(config.seed)
     policy = Policy(model, config.temperature, entropy_gradient=config.entropy_coef > 0)
     optimizer = optimizers.make_optimizer(policy, config, accelerator)
     copied = parallel.samplable(model, accelerator) if run.sampler_name == "torch" else None

@@ -6,7 +6,7 @@ from statistics import fmean
 import torch
 from tqdm import tqdm
 
-from harness.metrics import average, groups_of, is_dead, part_means
+from harness.metrics import average, equal_rewards, groups_of, part_means
 from harness.prompts import Problem
 from harness.run_folder import RunFolder
 from harness.settings import Config, Sampling
@@ -47,7 +47,7 @@ def evaluate(complete, task, problems: list[Problem], config: Config, step: int)
     row["accuracy_sampled_low"], row["accuracy_sampled_high"] = clustered_interval([c / k for c in right])
     ks = sorted({2**i for i in range(k.bit_length())} | {k})
     row["pass_at_k"] = {str(j): average(pass_at_k(k, c, j) for c in right) for j in ks}
-    row |= {"zero_advantage_groups": average(map(is_dead, groups)), "reward": average(r.reward for r in sampled)}
+    row |= {"zero_advantage_groups": average(map(equal_rewards, groups)), "reward": average(r.reward for r in sampled)}
     row |= part_means(sampled)
     row |= {"length": average(r.length for r in sampled), "truncated": average(r.truncated for r in sampled)}
     if step == 0 and hasattr(task, "worked_prefix"):  # what the model could do, if only it showed its steps

@@ -61,6 +61,7 @@ def load(config: Config) -> Run:
     Raises:
         UsageError: something is not there, or does not go with the rest.
     """
+    torch.manual_seed(config.seed)  # for whatever draws without a generator of its own, such as someone's task
     task = load_task(config.task, config.task_args, config.reward_seconds)
     accelerator = make_accelerator(config)
     folder = RunFolder(Path(config.resume), accelerator.is_main_process) if config.resume else None

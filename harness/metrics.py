@@ -30,8 +30,8 @@ def groups_of(rollouts: list, group_size: int) -> list[list]:
     return [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
 
 
-def is_dead(group: list) -> bool:
-    """Whether all rewards of the group are equal: nothing in it is better than anything else."""
+def equal_rewards(group: list) -> bool:
+    """Whether all rewards of the group, before any penalty, are equal: no answer is better than another."""
     return len({r.reward for r in group}) == 1
 
 
@@ -47,7 +47,7 @@ def rollout_metrics(rollouts: list, config: Config) -> dict[str, float | None]:
         "penalty": average(r.penalty for r in rollouts),
         **part_means(rollouts),
         "pass_at_group": average(any(r.parts["correct"] for r in group) for group in groups),
-        "zero_advantage_groups": average(map(is_dead, groups)),
+        "zero_advantage_groups": average(map(equal_rewards, groups)),
         "length": average(r.length for r in rollouts),
         "length_correct": average(r.length for r in rollouts if r.parts["correct"]),
         "length_wrong": average(r.length for r in rollouts if not r.parts["correct"]),

@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from harness import parallel
-from harness.metrics import Alarms, groups_of, is_dead
+from harness.metrics import Alarms, equal_rewards, groups_of
 from harness.settings import Config
 
 
@@ -22,7 +22,7 @@ def printable(text: str, limit: int = 160) -> str:
 
 def show_groups(step: int, rollouts: list, group_size: int, limit: int = 200) -> None:
     """Two whole groups, of mixed rewards if there are such, question first; longer answers are folded to `limit`."""
-    for group in sorted(groups_of(rollouts, group_size), key=is_dead)[:2]:
+    for group in sorted(groups_of(rollouts, group_size), key=equal_rewards)[:2]:
         right = sum(bool(r.parts["correct"]) for r in group)
         lines = [f"step {step}, {right} of {group_size} right: {printable(group[0].prompt, 2000)}"]
         for i, r in enumerate(group, 1):

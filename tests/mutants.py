@@ -117,7 +117,7 @@ PITFALLS = [
     pitfall(21, "the last microbatch's loss logged", "UpdateFigures.add_batch", "self.sums.update(sums)",
             'self.sums.update(sums | {"loss": sums["loss"] - self.sums["loss"]})'),
     pitfall(21, "the share of dead groups over completions", "rollout_metrics",
-            "average(map(is_dead, groups))", "average(map(is_dead, groups)) / config.group_size"),
+            "average(map(equal_rewards, groups))", "average(map(equal_rewards, groups)) / config.group_size"),
     pitfall(21, "the norm of the gradient after the clip", "optimizer_step",
             "norm = float(accelerator.clip_grad_norm_(policy.parameters(), config.grad_clip))",
             """
