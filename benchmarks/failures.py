@@ -1,4 +1,4 @@
-"""Runs that go wrong on purpose, so that one knows what it looks like: the README's "When it does not learn".
+"""Runs that go wrong on purpose, so that one knows what it looks like: docs/when_it_does_not_learn.md.
 
     python benchmarks/failures.py
 

@@ -1,4 +1,4 @@
-"""The figures of a step, under the names that logs, plots and the README's glossary have; and the alarms on them."""
+"""The figures of a step, under the names that logs, plots and docs/metrics.md have; and the alarms on them."""
 
 import math
 import re

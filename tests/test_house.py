@@ -98,9 +98,9 @@ def test_what_needs_no_torch_loads_none(module):
 # ==== The commands of the README ======================================================================================
 
 
-def commands(file: str) -> list[str]:
+def commands(path: Path) -> list[str]:
     """The commands of a file's bash blocks, one by one."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", (house.ROOT / file).read_text(), re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"^```bash\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     return [part.strip() for line in lines for part in re.sub(r"\s+#.*", "", line).split("&&") if part.strip()]
 
@@ -141,11 +141,30 @@ def check(command: str) -> str:
     return name
 
 
-@pytest.mark.parametrize("file, fewest", [("README.md", 18), ("CONTRIBUTING.md", 6)])
-def test_a_command_that_is_shown_is_one_that_the_program_takes(file, fewest):
-    found = [check(command) for command in commands(file)]
-    assert len(found) >= fewest and "pytest" in found
-    assert file != "README.md" or {"grpo.py", "mathformer.train", "mathformer.train_rl"} <= set(found)
+PAGES = [house.ROOT / "README.md", house.ROOT / "CONTRIBUTING.md", house.ROOT / "CHANGELOG.md"]
+PAGES += [*sorted((house.ROOT / "docs").glob("*.md")), house.ROOT / "benchmarks" / "README.md"]
+PAGES += [house.ROOT / "benchmarks" / "results" / "h100" / "README.md", house.ROOT / "notebooks" / "INSTRUCTOR.md"]
+by_name = pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(house.ROOT)))
+
+
+@by_name
+def test_a_command_that_is_shown_is_one_that_the_program_takes(path):
+    for command in commands(path):
+        check(command)
+
+
+@pytest.mark.parametrize(
+    "file, programs",
+    [
+        ("README.md", {"grpo.py", "pytest"}),
+        ("CONTRIBUTING.md", {"pytest", "tests/house.py", "tests/mutation.py"}),
+        ("docs/gpu.md", {"grpo.py", "pip"}),
+        ("docs/several_gpus.md", {"grpo.py"}),
+        ("docs/small_model.md", {"mathformer.train", "mathformer.train_rl", "mathformer.evaluate", "grpo.py"}),
+    ],
+)
+def test_the_commands_are_found(file, programs):
+    assert programs <= {check(command) for command in commands(house.ROOT / file)}
 
 
 @pytest.mark.parametrize(
@@ -156,8 +175,49 @@ def test_a_command_with_a_mistake_is_refused(command):
         check(command)
 
 
-@pytest.mark.parametrize("file", ["README.md", "grpo.py", "CONTRIBUTING.md", "benchmarks/README.md"])
-def test_a_command_in_a_line_of_text_is_of_a_program_that_is_there(file):
-    text = re.sub(r"\s+", " ", (house.ROOT / file).read_text())
+@pytest.mark.parametrize(
+    "path", [*PAGES, house.ROOT / "grpo.py", house.ROOT / "one_page.py"], ids=lambda path: path.name
+)
+def test_a_command_in_a_line_of_text_is_of_a_program_that_is_there(path):
+    text = re.sub(r"\s+", " ", path.read_text())
     for name in re.findall(r"python (?:-m )?([\w/]+\.py|mathformer\.\w+|view \w+)", text):
         assert name in PROGRAMS or name == "view play" or Path(name).is_file(), name
+
+
+# ==== The pages =======================================================================================================
+
+
+def anchors(path: Path) -> set[str]:
+    """What GitHub calls the headings of a page: lower case, without punctuation, blanks as hyphens."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#{1,6} (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def links(path: Path) -> list[str]:
+    return re.findall(r"\]\(([^)\s]+)\)", path.read_text())
+
+
+@by_name
+def test_a_link_leads_somewhere(path):
+    for link in links(path):
+        if link.startswith("http"):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (path.parent / file).resolve() if file else path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_a_heading_has_the_anchor_that_github_gives_it():
+    assert "the-flags-of-train_rl-and-what-each-did-here" in anchors(house.ROOT / "docs" / "small_model.md")
+
+
+def test_the_front_page_is_a_front_page():
+    text = (house.ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 200 and len(text.encode()) <= 14_000
+
+
+def test_every_page_is_reached_from_the_front_page():
+    reached = {(house.ROOT / link.partition("#")[0]).resolve() for link in links(house.ROOT / "README.md")}
+    assert set(PAGES) - {house.ROOT / "README.md"} <= reached

@@ -15,7 +15,7 @@ def test_twelve_steps_of_the_default_run_learn(seed, tmp_path):
     settings = ["--steps", "12", "--seed", str(seed), "--runs", str(tmp_path), "--eval_steps", "0"]
     summary = grpo.train(grpo.parse_config([*settings, "--task_args.eval_size", "300", "--print_groups", "0"]))
     first, last = summary["first"], summary["last"]
-    # over seeds 0 to 3 on the machine of the README: worked .07 -> .21, length 5.4 -> 8.8, sampled .35 -> .40
+    # over seeds 0 to 3 on the machine of docs/results.md: worked .07 -> .21, length 5.4 -> 8.8, sampled .35 -> .40
     assert last["worked"] > first["worked"] + 0.05
     assert last["length"] > first["length"] + 1.5
     assert last["accuracy_sampled"] > first["accuracy_sampled"]
@@ -25,7 +25,7 @@ def test_twelve_steps_of_the_default_run_learn(seed, tmp_path):
 
 
 def test_the_base_can_work_but_mostly_does_not(tmp_path):
-    """What the README says of the shipped model: able with steps, poor without, in the habit of going without."""
+    """What docs/small_model.md says of the base: able with steps, poor without, in the habit of going without."""
     config = grpo.parse_config(["--steps", "0", "--runs", str(tmp_path)])
     first = grpo.train(config)["first"]
     assert first["accuracy"] < 0.5 and first["worked"] < 0.15

@@ -35,6 +35,7 @@ SMALLEST = {
     ),
     "mathformer_vs_bloom": (["--tiny", "--turns", "1", "--threads", "1", "--sizes", "tiny"], []),
     "memory_flat": (["--steps", "1", "--out", "OUT/m.md"], ["m.md"]),
+    "page_and_program": (["--tiny", "--seeds", "0", "--out", "OUT/p.md"], ["p.md"]),
     "pipeline": (["--tiny", "--seeds", "0", "--work", "OUT/work", "--out", "OUT/p.md"], ["p.md"]),
     "rl_flags": (
         [*ONE_RUN, "--seeds", "0", "--variants", "the defaults", "--max_gen_len", "4", "--out", "OUT/r.md"],

@@ -59,12 +59,12 @@ def test_bf16_on_a_card_without_it_is_refused(monkeypatch, make_config):
         grpo.train(make_config(precision="bf16"))
 
 
-def test_the_task_of_the_readme_runs(qwen3_folder, tmp_path, monkeypatch):
+def test_the_task_of_the_docs_runs(qwen3_folder, tmp_path, monkeypatch):
     """Its file, its data set and its command, with a tiny model in place of the real one."""
-    readme = Path("README.md").read_text().split("### A task of your own")[1].split("\n## ")[0]
-    code = re.search("```python\n(.*?)```", readme, re.DOTALL)[1]
-    rows = [json.loads(line) for line in re.search("```json\n(.*?)```", readme, re.DOTALL)[1].splitlines()]
-    command = re.search("python grpo.py (--model .*?)\n```", readme, re.DOTALL)[1].replace("\\\n", " ").split()
+    page = Path("docs/your_own_task.md").read_text()
+    code = re.search("```python\n(.*?)```", page, re.DOTALL)[1]
+    rows = [json.loads(line) for line in re.search("```json\n(.*?)```", page, re.DOTALL)[1].splitlines()]
+    command = re.search("python grpo.py (--model .*?)\n```", page, re.DOTALL)[1].replace("\\\n", " ").split()
     assert len(code.splitlines()) < 30
     monkeypatch.chdir(tmp_path)
     Path("capitals.py").write_text(code)
