@@ -22,7 +22,7 @@ from mathformer import ArithmeticTask, MathformerForCausalLM
 from mathformer.tokenizer import EOS, PAD, build_tokenizer
 
 P, G = 32, 8  # prompts of a step, completions of a prompt
-STEPS, MINIBATCHES = 60, 4  # the completions of a step are used for four updates
+STEPS, MINIBATCHES = 60, 4  # each step's completions serve four updates
 LR, CLIP = 7e-4, 0.2
 LONGEST = 72  # tokens after which a completion is cut off
 
@@ -64,7 +64,7 @@ def judge(problems, ids, mask):
     return verdicts
 
 
-def group_advantages(rewards):
+def advantage(rewards):
     """How much better each completion was than the others of its group, [P, G] to [P, G].
 
     The group is its own baseline; PPO needs a second network for one. A group that is all right
@@ -90,7 +90,7 @@ def loss(model, ids, mask, old_logps, advantages):
 
 
 def evaluate(model, problems):
-    """Prints how many answers are right and how many show steps, greedy and sampled."""
+    """Prints which share of the answers is right, and which share shows steps."""
     for G, greedy in (1, True), (2, False):
         ids, _, mask = sample(model, [task.prompt(p) for p in problems], G, greedy)
         verdicts = judge(problems, ids, mask)
@@ -118,7 +118,7 @@ if __name__ == "__main__":
         ids, old_logps, mask = sample(model, [task.prompt(p) for p in problems], G)
         verdicts = judge(problems, ids, mask)
         rewards = torch.tensor([v["reward"] for v in verdicts]).view(P, G)
-        advantages = group_advantages(rewards).view(P * G, 1)
+        advantages = advantage(rewards).view(P * G, 1)
 
         for group in optimizer.param_groups:  # the learning rate falls along a cosine
             group["lr"] = LR * (1 + math.cos(math.pi * step / STEPS)) / 2

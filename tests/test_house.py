@@ -213,6 +213,12 @@ def test_a_heading_has_the_anchor_that_github_gives_it():
     assert "the-flags-of-train_rl-and-what-each-did-here" in anchors(house.ROOT / "docs" / "small_model.md")
 
 
+def test_the_tests_that_a_page_names_are_there():
+    tests = "".join(path.read_text() for path in (house.ROOT / "tests").rglob("test_*.py"))
+    named = {name for path in PAGES for name in re.findall(r"`(test_\w+)`", path.read_text())}
+    assert len(named) > 20 and all(f"def {name}(" in tests for name in named), named
+
+
 def test_the_front_page_is_a_front_page():
     text = (house.ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 200 and len(text.encode()) <= 14_000
