@@ -381,4 +381,31 @@ SEAMS = [
            '{"k1": k1, "k2": k2}', '{"k1": k2, "k2": k1}'),
 ]  # fmt: skip
 
-MUTANTS = PITFALLS + WIRING + FURTHER + SEAMS
+
+def on_the_page(test: str, mistake: str, where: str, old: str, new: str) -> Mutant:
+    return mutant(f"test_one_page.py::{test}", f"one page: {mistake}", where, old, new)
+
+
+ONE_PAGE = [
+    on_the_page("test_loss_and_gradient_are_those_of_grpo", "max in place of min", "loss",
+                "torch.min(gain, limited_gain)", "torch.max(gain, limited_gain)"),
+    on_the_page("test_loss_and_gradient_are_those_of_grpo", "logits one position late", "loss",
+                "model(ids, attention_mask=ids != pad).logits[:, -T - 1 : -1]",
+                "model(ids, attention_mask=ids != pad).logits[:, -T:]"),
+    on_the_page("test_loss_and_gradient_are_those_of_grpo", "the padding is read", "loss",
+                "model(ids, attention_mask=ids != pad)", "model(ids)"),
+    on_the_page("test_loss_and_gradient_are_those_of_grpo", "padding is trained", "loss",
+                "(torch.min(gain, limited_gain) * mask).sum()", "torch.min(gain, limited_gain).sum()"),
+    on_the_page("test_loss_and_gradient_are_those_of_grpo", "the std with G in its denominator", "advantage",
+                "rewards.std(1, keepdim=True)", "rewards.std(1, keepdim=True, correction=0)"),
+    on_the_page("test_what_is_sampled_has_the_log_probs_of_the_model", "the padding is read while sampling", "sample",
+                "ids != pad", "torch.ones_like(ids)"),
+    on_the_page("test_what_is_sampled_has_the_log_probs_of_the_model", "an answer goes on behind its end", "sample",
+                "~finished[:, None]", "torch.ones_like(new, dtype=torch.bool)"),
+    on_the_page("test_greedy_answers_are_those_of_grpo", "the end is lost", "sample",
+                "~finished[:, None]", "~finished[:, None] & (new != eos)"),
+    on_the_page("test_each_answer_is_judged_by_its_own_problem", "groups are mixed up", "judge",
+                "problems[i // G]", "problems[i % len(problems)]"),
+]  # fmt: skip
+
+MUTANTS = PITFALLS + WIRING + FURTHER + SEAMS + ONE_PAGE

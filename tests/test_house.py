@@ -1,15 +1,19 @@
 """The house stays in order: the sizes of its files, which room may import which, the commands that are shown."""
 
 import ast
+import json
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import house
 import pytest
+import yaml
 from accelerate.commands.launch import launch_command_parser
+from packaging.requirements import Requirement
 
 import grpo
 from mathformer import evaluate, train, train_rl
@@ -227,3 +231,46 @@ def test_the_front_page_is_a_front_page():
 def test_every_page_is_reached_from_the_front_page():
     reached = {(house.ROOT / link.partition("#")[0]).resolve() for link in links(house.ROOT / "README.md")}
     assert set(PAGES) - {house.ROOT / "README.md"} <= reached
+
+
+# ==== Requirements ====================================================================================================
+
+
+def requirements(file: str) -> list[Requirement]:
+    lines = [line.partition(" #")[0].strip() for line in (house.ROOT / file).read_text().splitlines()]
+    return [Requirement(line) for line in lines if line and not line.startswith(("#", "-r"))]
+
+
+REQUIRED = (
+    requirements("requirements.txt") + requirements("requirements-test.txt") + requirements("requirements-gpu.txt")
+)
+
+
+@pytest.mark.parametrize("required", REQUIRED, ids=str)
+def test_a_requirement_has_an_upper_bound_and_a_known_good_version_within(required):
+    assert any(specifier.operator in ("<", "<=", "==", "~=") for specifier in required.specifier)
+    good = {r.name.lower().replace("_", "-"): r for r in requirements("constraints.txt")}
+    if required.name != "vllm":  # it is not installed where the tests run
+        (version,) = good[required.name.lower()].specifier
+        assert version.operator == "==" and required.specifier.contains(version.version) and "+" not in version.version
+
+
+def test_the_project_names_its_requirements_in_one_place():
+    project = tomllib.loads((house.ROOT / "pyproject.toml").read_text())
+    assert project["project"]["dynamic"] == ["dependencies"]
+    assert project["tool"]["setuptools"]["dynamic"]["dependencies"] == {"file": ["requirements.txt"]}
+    assert project["project"]["version"] == yaml.safe_load((house.ROOT / "CITATION.cff").read_text())["version"]
+    assert f"## {project['project']['version'].replace('.', '-')}" in (house.ROOT / "CHANGELOG.md").read_text()
+
+
+def test_what_others_start_names_files_that_are_there():
+    """The workflow, the container: each file of ours that they name."""
+    workflow = yaml.safe_load((house.ROOT / ".github/workflows/tests.yml").read_text())
+    commands = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    for command in (part.strip() for line in commands for part in line.split("&&")):
+        assert (house.ROOT / command).is_file() if command == ".ci/run" else check(command)
+    container = json.loads((house.ROOT / ".devcontainer/devcontainer.json").read_text())
+    dockerfile = house.ROOT / ".devcontainer" / container["build"]["dockerfile"]
+    (copied,) = re.findall(r"^COPY (req.*) \./$", dockerfile.read_text(), re.MULTILINE)
+    named = re.findall(r"-[rc] (\S+)", dockerfile.read_text() + container["postCreateCommand"])
+    assert set(copied.split()) <= set(named) and all((house.ROOT / file).is_file() for file in named)
