@@ -4,7 +4,7 @@ It was trained to answer `7-(4+8)*3` at once, and is wrong six times in ten. It 
 down its steps first, and is then nearly always right, but it seldom does. Nobody tells it to.
 It is paid 1 for a right answer and 0 for a wrong one.
 
-    python one_page.py [seed]         about a minute on a CPU
+    python one_page.py [seed]         a minute and a half on a CPU
 
 Shapes: P prompts, G completions of each, B = P * G rows; prompts padded to L tokens and
 completions to T; V tokens in the vocabulary.
