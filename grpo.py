@@ -20,8 +20,7 @@ default four settings depart from the paper. All tokens weigh the same, as in DA
 (--epochs, --minibatches). The old log-probs are the sampler's own (--old_logps trainer).
 
 Lines you may want to change are marked `# GRPO:`. Other advantages, ratios, losses and weights are
-in variants.py, how to write a task is in tasks/, and what a run needs besides the algorithm is in
-harness/: settings, loading, vLLM, several processes, evaluation, logs.
+in variants.py, how to write a task is in tasks/, and what a run needs besides is in harness/.
 
     python grpo.py                              arithmetic on a CPU, about a minute, no download
     python grpo.py --steps 0                    evaluate, show one group of completions, stop
@@ -40,9 +39,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from harness.command_line import check_arguments, errors_as_lines, parse_config
+
 # Before torch is imported: what Apple's GPU lacks runs on the CPU, and runs repeat exactly.
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 os.environ.setdefault("MKL_CBWR", "AUTO")
+if __name__ == "__main__":
+    check_arguments(sys.argv[1:])  # torch takes seconds: a mistake is answered before
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +58,7 @@ from harness import evaluation, kv_cache, loading, memory, metrics, optimizers, 
 from harness.batching import logps_under, own_microbatches, pad, policy_inputs
 from harness.prompts import Problem, draw_prompts, judge
 from harness.run_folder import RunFolder
-from harness.settings import Config, Sample, Sampling, UsageError, parse_config
+from harness.settings import Config, Sample, Sampling, UsageError
 from harness.vllm_sampler import proven_sampler
 
 # ==== 1. Sampling =================================================================================
@@ -160,6 +163,7 @@ class TorchSampler:
             tokens[unfinished, t] = token[:, 0]
             logps[unfinished, t] = all_logps.gather(1, token)[:, 0]
             stopped = torch.isin(token[:, 0], self.eos)  # [b]
+            terminal.WATCH.tick(stopped)  # moves an evaluation's bar, or ends it on Ctrl-C
             if stopped.any():
                 ended[unfinished[stopped]] = True
                 lengths[unfinished[stopped]] = t + 1
@@ -626,12 +630,8 @@ def show_one_group(run: loading.Run, config: Config) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
+    with errors_as_lines():
         result = train(parse_config(sys.argv[1:] if argv is None else argv))
-    except UsageError as error:
-        sys.exit(f"error: {parallel.name_of_process()}{error}")
-    except KeyboardInterrupt:  # before the first step, or pressed twice
-        sys.exit(130)
     sys.exit(130 if result.get("interrupted") else 0)
 
 

@@ -9,24 +9,32 @@ two answers to each, grpo.py eight.
 
 import re
 import time
+from pathlib import Path
 from statistics import mean
+from tempfile import TemporaryDirectory
 
-from common import arguments, finished, flags, in_turns, origin, python, spread, table, write
+from common import ROOT, arguments, finished, flags, in_turns, origin, python, spread, table, write
 
 TINY = {"STEPS, MINIBATCHES = 60": "STEPS, MINIBATCHES = 1", "ArithmeticTask()": "ArithmeticTask(eval_size=2)"}
-SHORTENED = f"""
-source = open("one_page.py").read()
-for old, new in {TINY}.items():
-    assert old in source, old
-    source = source.replace(old, new)
-exec(compile(source, "one_page.py", "exec"), dict(__name__="__main__", __file__="one_page.py"))
-"""
+
+
+def shortened(folder: Path) -> Path:
+    """A copy of the page with one step and few problems."""
+    source = (ROOT / "one_page.py").read_text()
+    for old, new in TINY.items():
+        assert old in source, old
+        source = source.replace(old, new)
+    (folder / "mathformer").symlink_to(ROOT / "mathformer")
+    (folder / "one_page.py").write_text(source)
+    return folder / "one_page.py"
 
 
 def page(seed: int, tiny: bool) -> tuple[float, float, float]:
     """Greedy and sampled accuracy in percent, and seconds."""
-    started = time.time()
-    printed = python(*(["-c", SHORTENED] if tiny else ["one_page.py"]), str(seed)).stdout
+    with TemporaryDirectory() as folder:
+        script = shortened(Path(folder)) if tiny else "one_page.py"
+        started = time.time()
+        printed = python(str(script), str(seed)).stdout
     *_, greedy, sampled = map(float, re.findall(r"([0-9.]+)% right", printed))
     return greedy, sampled, time.time() - started
 

@@ -21,7 +21,7 @@ from gpu import model_config
 from mathformer_vs_bloom import bloom_of
 
 from harness import loading, memory
-from harness.settings import parse_config
+from harness.command_line import parse_config
 
 TIERS = {
     "float32": [],

@@ -8,7 +8,6 @@ of them do equally often.
 """
 
 import copy
-import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -95,8 +94,3 @@ def holds_gradients(accelerator: Accelerator, policy: nn.Module, last: bool):
 def engine(policy: nn.Module) -> nn.Module | None:
     """The policy where DeepSpeed has wrapped it, and keeps its optimizer's state to itself."""
     return policy if hasattr(policy, "save_checkpoint") else None
-
-
-def name_of_process() -> str:
-    """Which process an error comes from, where there are several."""
-    return f"process {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""

@@ -1,20 +1,14 @@
-"""The settings of a run: what there is, what is allowed, and where the values come from. Imports no torch.
+"""The settings of a run: what there is, and what is allowed. `command_line` says where the values come from; no torch.
 
-`Config` has one field for each, with a sentence that `python grpo.py --help` shows. `parse_config` fills it from the
-command line, the environment and YAML files.
+`Config` has one field for each, with a sentence that `python grpo.py --help` shows under the comment above it.
 """
 
-import argparse
 import dataclasses
-import glob
 import math
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
-
-import yaml
 
 from tasks import UsageError
 
@@ -51,7 +45,7 @@ class Sample(NamedTuple):
 class Config:
     """All settings. The defaults are safe for language models of 0.5B parameters and more."""
 
-    # What is trained, and on what
+    # Model and task
     model: str = ""
     """Hugging Face model: a folder, or a name on the Hub"""
     task: str = ""
@@ -95,7 +89,7 @@ class Config:
     sample_rows: int = 256
     """completions that are sampled at the same time, but at least one whole group"""
 
-    # The algorithm
+    # The loss
     advantage: Literal["grpo", "dr_grpo", "rloo", "batch", "maxrl"] = "grpo"
     """how the rewards of a group become advantages (group_advantages)"""
     loss_weight: Literal["token", "sequence", "constant"] = "token"
@@ -137,7 +131,7 @@ class Config:
     offload_reference: bool = False
     """keep the reference model on the CPU while it is not needed"""
 
-    # Optimization
+    # Optimizer
     optimizer: Literal["adamw", "adamw_8bit", "adamw_offload"] = "adamw"
     """adamw, 16 bytes a parameter; adamw_8bit, 6, in bf16 (torchao); adamw_offload, 4 on the card (make_optimizer)"""
     steps: int = 500
@@ -254,73 +248,9 @@ LOWEST = dict(group_size=2, prompts_per_step=1, max_prompt_tokens=1, max_complet
 LOWEST |= dict(minibatches=1, tokens_per_microbatch=1, eval_samples=1, save_steps=1, keep_last=1, steps=0, top_k=0)
 LOWEST |= dict(kl_coef=0, kl_target=0, clip_low=0, clip_high=0, warmup_steps=0, weight_decay=0, eval_steps=0)
 LOWEST |= dict(print_groups=0, kv_cache_gb=0, importance_cap=0, resample_rounds=0, overlong_share=0, reward_seconds=0)
-LOWEST |= dict(entropy_coef=0)
+LOWEST |= dict(entropy_coef=0, seed=0)
 CHANGEABLE_ON_RESUME = {"steps", "eval_steps", "save_steps", "keep_last", "print_groups", "about", "runs", "resume"}
 CHANGEABLE_ON_RESUME |= {"reflection_words", "report_to", "project", "run_name"}
 # what memory needs
 CHANGEABLE_ON_RESUME |= {"tokens_per_microbatch", "gradient_checkpointing", "offload_reference", "vllm_sleep"}
 CHANGEABLE_ON_RESUME |= {"reward_seconds", "kv_cache_gb"}
-
-
-def parse_config(argv: list[str]) -> Config:
-    """Command line over environment (GRPO_<SETTING>) over --config files (the later wins) over the defaults.
-
-    Raises:
-        UsageError: a file or a setting that does not exist, or a value that is not allowed.
-    """
-    import jsonargparse
-
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", action="append", default=[])
-    for name in ("resume", "model", "task"):
-        first.add_argument(f"--{name}", default=os.environ.get(f"GRPO_{name.upper()}", ""))
-    known, _ = first.parse_known_args(argv)
-    if known.resume and known.config:
-        raise UsageError("--resume uses the run's own settings: leave --config out")
-    files, hint = [Path(file) for file in known.config], ""
-    if known.resume:
-        files, hint = [Path(known.resume) / "config.yaml"], "; is it a run's folder?"
-    elif not (files or known.model or known.task):
-        files, hint = [PRESET], "; give --model and --task"
-    for file in files:
-        if not file.is_file():
-            raise UsageError(f"there is no file {file}{hint}")
-
-    names = {f"GRPO_{f.name.upper()}" for f in dataclasses.fields(Config)}
-    for name in os.environ:
-        if name.startswith("GRPO_") and name not in names:
-            raise UsageError(f"the environment sets {name}, but there is no such setting")
-
-    asked_for_help = bool({"-h", "--help"} & set(argv))
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)  # these become the help
-    parser = jsonargparse.ArgumentParser(
-        usage="python grpo.py [--config FILE] [--SETTING VALUE ...]",
-        description="Trains a language model with Group Relative Policy Optimization. With no --model, --task or "
-        f"--config, the arithmetic preset ({PRESET.relative_to(HERE)}) applies. Settings come from the command line, "
-        "else from GRPO_<SETTING> in the environment, else from the --config files, else from the defaults below.",
-        default_config_files=[] if asked_for_help else [glob.escape(str(file)) for file in files],
-        default_env=not asked_for_help,  # a line on each setting with its variable's name would be clutter
-        env_prefix="GRPO",
-        exit_on_error=False,
-    )
-    parser.add_argument("--config", action="append", type=str, help="YAML file of settings; several stack")
-    parser.add_class_arguments(Config, as_group=False)
-    try:
-        settings = parser.parse_args(argv).as_dict()
-    except jsonargparse.ArgumentError as error:
-        raise UsageError(" ".join(str(error).split())) from error
-    config = Config(**{f.name: settings[f.name] for f in dataclasses.fields(Config)})
-    if known.resume:
-        before = Config(**yaml.safe_load(files[0].read_text()))
-        for f in dataclasses.fields(Config):
-            was, now = getattr(before, f.name), getattr(config, f.name)
-            is_fixed = f.name not in CHANGEABLE_ON_RESUME or (f.name == "steps" and config.lr_schedule != "constant")
-            if was != now and is_fixed:
-                why = f"what can change: {', '.join(sorted(CHANGEABLE_ON_RESUME - {'resume'}))}"
-                if f.name == "steps":
-                    why = (
-                        f"its learning rate falls ({config.lr_schedule}) over these steps: for more of them, start a "
-                        f"run with --config {known.resume}/config.yaml --model {known.resume}/final"
-                    )
-                raise UsageError(f"{f.name} was {was!r} in {known.resume} and cannot become {now!r} on the way; {why}")
-    return config

@@ -20,9 +20,9 @@ import yaml
 import grpo
 from harness import evaluation, loading, prompts
 from harness.batching import policy_inputs
+from harness.command_line import check_folder_of, errors_as_lines, parse_settings
 from harness.metrics import average
 from harness.terminal import printable
-from mathformer.command_line import check_folder_of, errors_as_lines, parse_settings
 from mathformer.expressions import depth, leaves, parse, symbols
 from mathformer.expressions import evaluate as evaluate_expression
 from mathformer.model import SIZES
@@ -220,7 +220,7 @@ def evaluate(config: EvaluationConfig) -> dict | None:
 
 
 def main(args: list[str] | None = None) -> None:
-    with errors_as_lines():
+    with errors_as_lines(ValueError):
         evaluate(parse_settings(EvaluationConfig, __doc__, args))
 
 

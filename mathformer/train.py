@@ -24,10 +24,10 @@ import transformers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from harness.command_line import check_folder_of, errors_as_lines, parse_settings
 from harness.loading import load_model
 from harness.run_folder import RunFolder
 from harness.terminal import finish_step_on_signal
-from mathformer.command_line import check_folder_of, errors_as_lines, parse_settings
 from mathformer.model import SIZES, MathformerConfig, MathformerForCausalLM, load_balancing_loss
 from mathformer.task import ArithmeticTask, solution_text
 from mathformer.tokenizer import build_tokenizer
@@ -305,7 +305,7 @@ def interrupted_config(config: PretrainConfig) -> PretrainConfig:
 
 
 def main(args: list[str] | None = None) -> None:
-    with errors_as_lines():
+    with errors_as_lines(ValueError):
         sys.exit(0 if pretrain(parse_settings(PretrainConfig, __doc__, args)) else 130)
 
 

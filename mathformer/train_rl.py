@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 import grpo
-from mathformer.command_line import check_folder_of, errors_as_lines, parse_settings
+from harness.command_line import check_folder_of, errors_as_lines, parse_settings
 from mathformer.evaluate import load_checkpoint, problem_settings
 
 
@@ -111,7 +111,7 @@ def train_rl(config: RLConfig) -> dict[str, Any]:
 
 
 def main(args: list[str] | None = None) -> None:
-    with errors_as_lines():
+    with errors_as_lines(ValueError):
         sys.exit(130 if train_rl(parse_settings(RLConfig, __doc__, args)).get("interrupted") else 0)
 
 

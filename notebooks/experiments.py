@@ -17,7 +17,8 @@ import grpo
 from mathformer import ArithmeticTask
 from mathformer.task import is_true_equation
 from harness.run_folder import RunFolder
-from harness.settings import PRESET, Config, parse_config
+from harness.command_line import PRESET, parse_config
+from harness.settings import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "benchmarks" / "results" / "workshop.jsonl"

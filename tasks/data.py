@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
+from tasks.names import check_local
+
 
 def load_rows(dataset: str, split: str, columns: list[str], subset: str | None = None):
     """The rows of a data set, as a `datasets.Dataset`.
 
     Args:
-        dataset: a JSON, JSON Lines or Parquet file, a folder of such files (of one split, or with the split's name in
-            the file names), or a name on the Hugging Face Hub.
+        dataset: a JSON, JSON Lines, CSV or Parquet file, a folder of such files (of one split, or with the split's
+            name in the file names), or a name on the Hugging Face Hub.
         split: train, test, ...; a single file has no splits and is taken whole.
         columns: those that the task reads.
         subset: the data set's configuration on the Hub.
@@ -16,12 +18,13 @@ def load_rows(dataset: str, split: str, columns: list[str], subset: str | None =
     Raises:
         ValueError: it cannot be loaded, or lacks a column.
     """
+    check_local(dataset, "data set")
     import datasets
 
     path = Path(dataset)
     try:
         if path.is_file():
-            kind = "parquet" if path.suffix == ".parquet" else "json"
+            kind = {".parquet": "parquet", ".csv": "csv"}.get(path.suffix, "json")
             rows = datasets.load_dataset(kind, data_files=str(path), split="train")
         else:
             rows = datasets.load_dataset(dataset, subset, split=split)

@@ -110,7 +110,7 @@ PITFALLS = [
     pitfall(20, "the optimizer not restored", "RunFolder.resume",
             'load_moments(optimizer, load_file(checkpoint / "optimizer.state"))', "None"),
     pitfall(20, "the batch of the last step drawn again", "train", 'run.state["step"]', 'max(0, run.state["step"] - 1)'),
-    pitfall(20, "a changed learning rate goes on silently", "parse_config",
+    pitfall(20, "a changed learning rate goes on silently", "check_resumed",
             "was != now and is_fixed", 'was != now and is_fixed and f.name != "lr"'),
     pitfall(21, "the entropy divided twice", "UpdateFigures.metrics",
             'per_token("entropy", sums)', 'per_token("entropy", sums) / sums["tokens"]'),

@@ -30,7 +30,8 @@ from tasks import load_task
 from tasks.competition_math import Math
 from tasks.countdown import Countdown
 from tasks.gsm8k import GSM8K
-from view import play, report
+from view import __main__ as view
+from view import report
 
 THINKING = "<think>so</think>"
 
@@ -789,12 +790,12 @@ def all_actions(parse: Callable) -> list:
 
 
 def test_the_arguments_of_play(two_runs, monkeypatch, capsys):
-    assert {action.dest for action in all_actions(play.main)} - {"help"} == {"run", "samples", "seed"}
+    assert {action.dest for action in all_actions(view.play)} - {"help"} == {"run", "samples", "seed"}
     capsys.readouterr()
 
     def played(*flags: str, text: str = "7*(8-9)-3*(4+5)\n") -> list[str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO(text))
-        play.main([str(two_runs[0]), *flags])
+        view.play([str(two_runs[0]), *flags])
         return capsys.readouterr().out.splitlines()
 
     for checkpoint in two_runs[0].glob("checkpoint-*"):  # as one does to save space: final/ is enough

@@ -6,10 +6,41 @@
 Each has `--help`.
 """
 
+import dataclasses
 import sys
-from importlib import import_module
+from pathlib import Path
 
-VIEWS = ("report", "play")
+import yaml
+
+from harness.command_line import ArgumentParser, errors_as_lines
+from harness.settings import Config
+from tasks import UsageError
+from view import report
+
+
+def read_config(run: Path) -> Config:
+    if not (run / "config.yaml").is_file():
+        raise UsageError(f"{run} is no run's folder: there is no config.yaml in it")
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    unknown = sorted(settings.keys() - {f.name for f in dataclasses.fields(Config)})
+    if unknown:
+        raise UsageError(f"{run / 'config.yaml'} was written by another version: {', '.join(unknown)} is unknown")
+    return Config(**settings | {"report_to": ""})
+
+
+def play(argv: list[str]) -> None:
+    parser = ArgumentParser(prog="python -m view play", description="answers to problems that you type")
+    parser.add_argument("run", type=Path, help="a run's folder")
+    parser.add_argument("--samples", type=int, default=3, help="sampled answers besides the most likely one")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    config = read_config(options.run)
+    from view.play import play  # torch takes seconds: a mistake is answered before
+
+    play(options.run, config, max(0, options.samples), options.seed)
+
+
+VIEWS = {"report": report.main, "play": play}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -17,11 +48,10 @@ def main(argv: list[str] | None = None) -> None:
     if name in ("-h", "--help"):
         print(__doc__.strip())
         return
-    if name not in VIEWS:
-        print(f"error: there is no view {name!r}: choose {' or '.join(VIEWS)}, as in python -m view report runs/<run>",
-              file=sys.stderr)  # fmt: skip
-        sys.exit(2)
-    import_module(f"view.{name}").main(rest)
+    with errors_as_lines(OSError):
+        if name not in VIEWS:
+            raise UsageError(f"there is no view {name!r}: take report or play, as in python -m view report runs/<run>")
+        VIEWS[name](rest)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ Type a problem as the task writes it (arithmetic: `3*(4+5)`; countdown: `3 7 25 
 and its answer), or press Enter for one of the evaluation problems. Ctrl-D ends it.
 """
 
-import argparse
-import dataclasses
 import random
 import shutil
 import sys
@@ -15,24 +13,12 @@ import textwrap
 from itertools import zip_longest
 from pathlib import Path
 
-import yaml
-
 import grpo
 from harness import loading, prompts
 from harness.run_folder import RunFolder
 from harness.settings import Config, Sampling
 from harness.terminal import printable
 from tasks import UsageError, load_task
-
-
-def read_config(run: Path) -> Config:
-    if not (run / "config.yaml").is_file():
-        raise UsageError(f"{run} is no run's folder: there is no config.yaml in it")
-    settings = yaml.safe_load((run / "config.yaml").read_text())
-    unknown = sorted(settings.keys() - {f.name for f in dataclasses.fields(Config)})
-    if unknown:
-        raise UsageError(f"{run / 'config.yaml'} was written by another version: {', '.join(unknown)} is unknown")
-    return Config(**settings | {"report_to": ""})
 
 
 def trained_model(run: Path, config: Config) -> str:
@@ -65,8 +51,7 @@ def side_by_side(left: list[str], right: list[str], width: int) -> str:
     return "\n".join(f"{a:{width}} | {b}".rstrip() for a, b in zip_longest(left, right, fillvalue=""))
 
 
-def play(run: Path, samples: int, seed: int) -> None:
-    config = read_config(run)
+def play(run: Path, config: Config, samples: int, seed: int) -> None:
     task = load_task(config.task, config.task_args, config.reward_seconds)
     accelerator = loading.make_accelerator(config)
     samplers = {}
@@ -103,19 +88,3 @@ def play(run: Path, samples: int, seed: int) -> None:
         for line in problem.prompt.splitlines():
             print(printable(line, len(line)))
         print(f"the answer is {found[0].parts['ground_truth']}\n{side_by_side(*columns, width)}\n")
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m view play", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path, help="a run's folder")
-    parser.add_argument("--samples", type=int, default=3, help="sampled answers besides the most likely one")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(argv)
-    try:
-        play(options.run, max(0, options.samples), options.seed)
-    except UsageError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -32,7 +32,7 @@ from workshop import check, compare, predict
 import grpo
 from harness import loading
 from harness.batching import pad, row_tokens
-from harness.settings import PRESET, parse_config
+from harness.command_line import PRESET, parse_config
 from tasks import load_task
 
 

@@ -32,7 +32,8 @@ from experiments import recorded
 from harness import loading
 from harness.evaluation import pass_at_k
 from harness.prompts import draw_prompts
-from harness.settings import PRESET, Sampling, parse_config
+from harness.command_line import PRESET, parse_config
+from harness.settings import Sampling
 from tasks import load_task
 
 SEED = 0  # take another seed than your neighbour

@@ -30,7 +30,7 @@ from experiments import recorded
 from mathformer import ArithmeticTask
 from mathformer.task import COMPLETION  # the pattern (<scratchpad>steps)?<answer>answer, for your answer
 from harness import loading
-from harness.settings import PRESET, parse_config
+from harness.command_line import PRESET, parse_config
 
 SEED = 0  # take another seed than your neighbour
 # %% [markdown]

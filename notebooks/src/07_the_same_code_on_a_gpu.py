@@ -27,7 +27,7 @@ from matplotlib import pyplot as plt
 from workshop import compare, predict
 
 from harness import loading, memory
-from harness.settings import parse_config
+from harness.command_line import parse_config
 
 RUN = ROOT / "benchmarks" / "results" / "long_run"  # or the folder of a run of yours: ROOT / "runs" / ...
 
