@@ -14,14 +14,16 @@ import itertools
 import json
 import math
 import re
-import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
+from harness.command_line import ArgumentParser
 from harness.settings import CHANGEABLE_ON_RESUME
+from tasks import UsageError
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 METRICS = yaml.safe_load(TEMPLATE.with_name("curves.yaml").read_text(encoding="utf-8"))  # panels, with how to read them
@@ -29,14 +31,10 @@ MAX_BYTES = 24_000_000  # of rollouts in a page: what a browser opens within a s
 MAX_EVAL_PROMPTS = 1000
 LOGS = ("config.yaml", "metrics.jsonl", "rollouts.jsonl", "eval.jsonl")
 
-OF_SOME_TASKS = {"worked", "reflections"}  # no wonder if they are missing
+OF_SOME_TASKS = {"worked", "steps_right", "reflections"}  # no wonder if they are missing
 # Settings that do not change what is learned. Runs that differ in these and in the seed only are one arm.
 NOT_LEARNED = CHANGEABLE_ON_RESUME - {"steps"} | {"seed"}
 NOT_SHOWN = {"runs", "resume", "about"}  # in the table of settings that differ
-
-
-class ReportError(Exception):
-    """Something a person has to change: shown as one line, without a traceback."""
 
 
 def six_digits(number: str) -> float | None:
@@ -198,9 +196,9 @@ def load_config(folder: Path, notes: list[str]) -> dict:
 
 def check_folder(folder: Path) -> None:
     if not folder.is_dir():
-        raise ReportError(f"there is no folder {folder}")
+        raise UsageError(f"there is no folder {folder}")
     if not any((folder / name).is_file() for name in LOGS):
-        raise ReportError(f"{folder} is no folder of a run: it has none of {', '.join(LOGS)}")
+        raise UsageError(f"{folder} is no folder of a run: it has none of {', '.join(LOGS)}")
 
 
 def load_run(folder: Path, most: int, most_bytes: int) -> dict:
@@ -211,6 +209,9 @@ def load_run(folder: Path, most: int, most_bytes: int) -> dict:
     evaluations = [row for _, _, row in read_rows(folder / "eval.jsonl", notes)]
     group_size = config.get("group_size") if isinstance(config.get("group_size"), int) else None
     run = {"name": folder.resolve().name, "config": config, "metrics": metrics, "evaluations": evaluations}
+    begun = folder / "config.yaml" if config else folder
+    run["started"] = time.strftime("%Y-%m-%d %H:%M", time.localtime(begun.stat().st_mtime))
+    run["command"] = f"python grpo.py --config {folder / 'config.yaml'}"
     run |= load_rollouts(folder / "rollouts.jsonl", group_size, most, most_bytes, notes)
     add_answers(folder, run["prompts"], notes)
     known = {key for panels in METRICS.values() for keys in panels for key in keys.split() if "accuracy" not in key}
@@ -267,7 +268,7 @@ def plot_prompt(folder: Path, name: str, out: Path) -> None:
     answers = [(step, row) for step, path in evaluation_files(folder) for _, _, row in read_rows(path, [])]
     answers = [(step, row) for step, row in answers if prompt_id(row) == name]
     if not counts and not answers:
-        raise ReportError(f"no rollout and no evaluation of {folder} has the prompt_id {name}")
+        raise UsageError(f"no rollout and no evaluation of {folder} has the prompt_id {name}")
     figure = Figure(figsize=(8, 4), layout="constrained")
     axis = figure.subplots()
     if counts:
@@ -283,12 +284,12 @@ def plot_prompt(folder: Path, name: str, out: Path) -> None:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m view report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run; several are compared")
     parser.add_argument("--out", type=Path, help="file to write, instead of the one named above")
-    parser.add_argument("--max_rollouts", type=int, default=20_000, metavar="N",
+    parser.add_argument("--max_rollouts", type=int, default=25_000, metavar="N",
                         help="rollouts in the page, whole groups spread over the steps (default: %(default)s, or fewer "
                         f"if they are long: {MAX_BYTES // 1_000_000} MB)")  # fmt: skip
     parser.add_argument("--prompt_id", help="only plot this prompt's accuracy; default file: RUN/prompt-<id>.png")
@@ -298,24 +299,21 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     first = args.runs[0]
-    try:
-        if args.max_rollouts < 1:
-            raise ReportError(f"--max_rollouts is {args.max_rollouts}, it must be 1 or more")
-        for folder in args.runs:
-            check_folder(folder)
-        if args.prompt_id:
-            if len(args.runs) > 1:
-                raise ReportError("--prompt_id takes one run")
-            out = args.out or first / f"prompt-{args.prompt_id}.png"
-            plot_prompt(first, args.prompt_id, out)
-        else:
-            beside = first / "report.html" if len(args.runs) == 1 else first.resolve().parent / "runs_report.html"
-            out = args.out or beside
-            data = build_page(args.runs, args.max_rollouts)
-            write_page(out, data)
-            for run in data["runs"]:
-                print(f"{run['name']}: {run['shown']:,} of {run['total']:,} rollouts are on the page")
-                print("".join(f"  {note}\n" for note in run["notes"]), end="")
-        print(out)
-    except (ReportError, OSError) as error:
-        sys.exit(f"error: {error}")
+    if args.max_rollouts < 1:
+        raise UsageError(f"--max_rollouts is {args.max_rollouts}, it must be 1 or more")
+    for folder in args.runs:
+        check_folder(folder)
+    if args.prompt_id:
+        if len(args.runs) > 1:
+            raise UsageError("--prompt_id takes one run")
+        out = args.out or first / f"prompt-{args.prompt_id}.png"
+        plot_prompt(first, args.prompt_id, out)
+    else:
+        beside = first / "report.html" if len(args.runs) == 1 else first.resolve().parent / "runs_report.html"
+        out = args.out or beside
+        data = build_page(args.runs, args.max_rollouts)
+        write_page(out, data)
+        for run in data["runs"]:
+            print(f"{run['name']}: {run['shown']:,} of {run['total']:,} rollouts are on the page")
+            print("".join(f"  {note}\n" for note in run["notes"]), end="")
+    print(out)

@@ -14,6 +14,7 @@ import yaml
 import grpo
 from harness import settings
 from view import report
+from view.__main__ import main as view_main
 
 BROWSER = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking"
 BROWSER += " --disable-component-update --disable-sync"
@@ -211,7 +212,7 @@ def test_a_folder_that_is_no_run_is_one_line_and_status_1(tmp_path, folder, word
 
 def test_max_rollouts_must_be_positive(make_run):
     with pytest.raises(SystemExit, match="error: --max_rollouts is 0, it must be 1 or more"):
-        report.main([str(make_run()), "--max_rollouts", "0"])
+        view_main(["report", str(make_run()), "--max_rollouts", "0"])
 
 
 # ---- Several runs, one prompt ----
@@ -264,9 +265,9 @@ def test_one_prompt_over_time_as_a_plot(make_run, tmp_path, monkeypatch, prompt,
 def test_an_unknown_prompt_is_an_error(make_run):
     folder = make_run()
     with pytest.raises(SystemExit, match="error: no rollout and no evaluation of .* has the prompt_id 123"):
-        report.main([str(folder), "--prompt_id", "123"])
+        view_main(["report", str(folder), "--prompt_id", "123"])
     with pytest.raises(SystemExit, match="error: --prompt_id takes one run"):
-        report.main([str(folder), str(folder), "--prompt_id", "123"])
+        view_main(["report", str(folder), str(folder), "--prompt_id", "123"])
 
 
 def test_the_evaluation_problems_are_among_the_prompts(make_run):
@@ -334,6 +335,9 @@ def test_the_page_of_a_real_run_shows_every_curve(real_run, open_page):
     page = open_page(real_run / "report.html")
     assert page.title() == real_run.name and page.locator("#notes").count() == 0
     panels = [keys for panels in report.METRICS.values() for keys in panels] + ["steps_right"]
+    assert "resampled_groups" in page.locator("#zero summary").inner_text()
+    page.locator("#zero summary").click()
+    page.evaluate("scrollTo(0, 0)")
     titles = page.locator("#curves h4").all_inner_texts()
     assert set(titles) == {keys.replace(" ", ", ") for keys in panels} - {"kl_ref"}, "there is no KL without a penalty"
     for path in page.locator("#curves path.mean").all():
@@ -341,8 +345,8 @@ def test_the_page_of_a_real_run_shows_every_curve(real_run, open_page):
         assert box["width"] > 100 and box["y"] > 0 and path.get_attribute("d").startswith("M")
     assert page.locator("#curves path.band").count() == 3, "two intervals of accuracy, and reward_std"
     table = page.locator("#evaluation table").inner_text()
-    assert "greedy accuracy" in table and "worked answers" in table and "after 3 steps" in table
-    page.locator("summary").click()
+    assert "greedy accuracy" in table and "answers that show steps" in table and "after 3 steps" in table
+    page.get_by_text("Configuration", exact=True).click()
     assert page.locator(".settings").inner_text().count("group_size") == 1
 
 
@@ -508,6 +512,58 @@ def test_a_phone_needs_no_sideways_scrolling(make_run, open_page, tmp_path, sche
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
         backgrounds.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
     assert set(backgrounds) == {"rgb(255, 255, 255)" if scheme == "light" else "rgb(13, 17, 23)"}
+
+
+def test_on_a_phone_the_rollouts_are_within_two_screens(make_run, open_page):
+    """The curves are folded there, and open at a desk."""
+    folder = make_run()
+    run_data(folder)
+    phone, desk = open_page(folder / "report.html", width=390), open_page(folder / "report.html")
+    assert phone.locator("#rollouts").bounding_box()["y"] < 2 * 900
+    assert phone.locator("#curves details[open]").count() == 0 < desk.locator("#curves details[open]").count()
+    phone.get_by_text("Learning", exact=True).click()
+    assert phone.locator("#curves svg").first.is_visible()
+
+
+def test_the_head_says_what_was_run_and_with_which_command(make_run, open_page):
+    folder = make_run(model="mathformer/pretrained", task="arithmetic", seed=3, steps=5)
+    run_data(folder)
+    head = open_page(folder / "report.html").locator("body > header").inner_text()
+    assert "mathformer/pretrained on arithmetic, seed 3, 5 steps, 20" in head
+    assert f"python grpo.py --config {folder}/config.yaml" in head
+
+
+def test_panels_that_are_zero_throughout_are_folded_away(make_run, open_page):
+    rows = [{"step": s, "reward": 0.5 * s, "truncated": 0.0, "skipped_updates": 0} for s in range(1, 6)]
+    folder = make_run(metrics=rows)
+    run_data(folder)
+    page = open_page(folder / "report.html")
+    folded = page.locator("#zero")
+    assert folded.locator("summary").inner_text() == "Zero throughout: truncated, skipped_updates"
+    assert not folded.locator("svg").first.is_visible()
+    assert page.locator("figure", has=page.locator("h4", has_text="reward")).locator("svg").is_visible()
+
+
+@pytest.mark.parametrize("values, last", [((0.2, 0.7), "1"), ((0.2, 1.0), "1"), ((0.01, 0.02), "0.02")])
+def test_the_axis_of_a_share_ends_at_1_unless_all_of_it_is_small(values, last, make_run, open_page):
+    folder = make_run(metrics=[{"step": s, "correct": v} for s, v in enumerate(values, 1)])
+    run_data(folder)
+    page = open_page(folder / "report.html")
+    figure = page.locator("figure", has=page.locator("h4", has_text="correct"))
+    assert figure.locator("text").all_text_contents()[-3] == last
+
+
+def test_seeds_of_one_setting_are_told_apart(make_run, open_page, tmp_path):
+    report.main([str(make_run("a")), str(make_run("b", seed=1)), str(make_run("c", lr=0.5))])
+    page = open_page(tmp_path / "runs_report.html")
+    figure = page.locator("figure", has=page.locator("h4", has_text="reward")).first
+    strokes = [
+        (path.get_attribute("style"), path.get_attribute("stroke-dasharray"))
+        for path in figure.locator("path.mean").all()
+    ]
+    assert len(set(strokes)) == 3 and strokes[0][0] == strokes[1][0] != strokes[2][0]
+    readout = figure.locator(".readout").inner_text()
+    assert "seed 0" in readout and "seed 1" in readout
 
 
 def test_every_control_has_a_name(make_run, open_page, tmp_path):

@@ -23,6 +23,8 @@ from tasks import load_task
 from tasks.countdown import Countdown
 from tasks.gsm8k import GSM8K
 from view import play
+from view.__main__ import main as view_main
+from view.__main__ import read_config
 
 
 def rows(folder: Path, name: str) -> list[dict]:
@@ -237,7 +239,7 @@ def test_base_and_trained_answer_side_by_side(run, monkeypatch, capsys):
     folder = run(lr=0.05)  # it collapses, so that the two answer differently
     monkeypatch.setattr(sys, "stdin", io.StringIO("3*(4+5)\n\n3*(\n1/0\n"))
     monkeypatch.setenv("COLUMNS", "120")
-    play.main([str(folder), "--samples", "2"])
+    view_main(["play", str(folder), "--samples", "2"])
     out = capsys.readouterr().out
     assert "<big>3*(4+5)" in out and "the answer is 27" in out
     both = next(line for line in out.splitlines() if line.startswith("most likely"))
@@ -256,7 +258,7 @@ def test_a_folder_that_cannot_be_played_with_says_why(what, run, tmp_path, capsy
         (folder / "config.yaml").write_text(config + ("old_name: 1\n" if what == "other version" else ""))
     message = {"no folder": "no run's folder", "no model": "no trained model yet", "other version": "old_name"}[what]
     with pytest.raises(SystemExit) as exit_:
-        play.main([str(folder)])
+        view_main(["play", str(folder)])
     assert str(exit_.value.code).startswith("error: ") and message in str(exit_.value.code)
 
 
@@ -328,7 +330,7 @@ def test_before_and_after_side_by_side():
         ["pass@4", "35.0%", "60.0%"],
         ["length,", "tokens", "10.0", "13.0"],
         ["truncated", "50.0%", "50.0%"],
-        ["worked", "answers", "10.0%", "90.0%"],
+        ["show", "their", "steps", "10.0%", "90.0%"],
         ["made", "to", "show", "steps", "75.0%", "right"],
     ]
 
@@ -380,7 +382,7 @@ def test_a_run_is_played_as_it_was_trained(run, monkeypatch, capsys):
     monkeypatch.setattr(play, "load_task", lambda *args: (loaded.append(args), load(*args))[1])
     monkeypatch.setattr(grpo, "complete", answer)
     monkeypatch.setattr(sys, "stdin", io.StringIO("3*4\n"))
-    play.main([str(folder), "--samples", "2"])
+    view_main(["play", str(folder), "--samples", "2"])
     assert loaded == [("arithmetic", task_args, 5.0)]
     assert sampled == [grpo.Sampling(40, 0.0), grpo.Sampling(40, 0.5, 1.0, 3)] * 2
     assert capsys.readouterr().out.count("0 of 2 samples right") == 2
@@ -388,7 +390,7 @@ def test_a_run_is_played_as_it_was_trained(run, monkeypatch, capsys):
 
 def test_an_unfinished_run_is_played_from_its_newest_checkpoint(run):
     folder = run(steps=2, save_steps=1)
-    config = play.read_config(folder)
+    config = read_config(folder)
     assert play.trained_model(folder, config) == str(folder / "final")
     shutil.rmtree(folder / "final")
     assert play.trained_model(folder, config) == str(folder / "checkpoint-2")
