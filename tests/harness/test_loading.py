@@ -1,8 +1,5 @@
 """Devices, samplers and tasks by name: what is there, what is refused, and with which words."""
 
-import json
-import random
-import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +9,6 @@ import transformers
 import grpo
 from harness import loading
 from harness.loading import choose_sampler
-from tasks import load_task
 
 QWEN = transformers.Qwen2Config()
 
@@ -57,25 +53,6 @@ def test_bf16_on_a_card_without_it_is_refused(monkeypatch, make_config):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     with pytest.raises(grpo.UsageError, match="this GPU has no bf16: use --precision fp32"):
         grpo.train(make_config(precision="bf16"))
-
-
-def test_the_task_of_the_docs_runs(qwen3_folder, tmp_path, monkeypatch):
-    """Its file, its data set and its command, with a tiny model in place of the real one."""
-    page = Path("docs/your_own_task.md").read_text()
-    code = re.search("```python\n(.*?)```", page, re.DOTALL)[1]
-    rows = [json.loads(line) for line in re.search("```json\n(.*?)```", page, re.DOTALL)[1].splitlines()]
-    command = re.search("python grpo.py (--model .*?)\n```", page, re.DOTALL)[1].replace("\\\n", " ").split()
-    assert len(code.splitlines()) < 30
-    monkeypatch.chdir(tmp_path)
-    Path("capitals.py").write_text(code)
-    rows += [{"country": f"Country {i}", "capital": f"City {i}"} for i in range(60)]
-    Path("capitals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command[command.index("--model") + 1] = qwen3_folder
-    config = grpo.parse_config([*command, "--steps", "1", "--eval_samples", "1", "--prompts_per_step", "2"])
-    assert (grpo.train(config)["run"] / "final").is_dir()
-    task = load_task(config.task, config.task_args)
-    assert task.eval() == rows[:50] and task.train(random.Random(0), 1) in rows[50:]
-    assert task.reward(" Paris.\n", rows[0])["reward"] == 1 and task.reward("no idea", rows[0])["reward"] == 0
 
 
 def test_a_model_that_comes_with_the_project_is_found_from_anywhere(tmp_path, monkeypatch):
