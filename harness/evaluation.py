@@ -10,6 +10,7 @@ from harness.metrics import average, equal_rewards, groups_of, part_means
 from harness.prompts import Problem
 from harness.run_folder import RunFolder
 from harness.settings import Config, Sampling
+from harness.terminal import WATCH, EvaluationStopped
 
 
 def is_due(step: int, evaluations: list[dict], config: Config) -> bool:
@@ -36,8 +37,14 @@ def evaluate(complete, task, problems: list[Problem], config: Config, step: int)
     """
     n, k = len(problems), config.eval_samples
     most_likely = Sampling(config.max_completion_tokens, temperature=0.0)
-    greedy = complete(problems, 1, most_likely, config.seed)
-    sampled = complete(problems, k, config.sampling, config.seed)
+    is_forced = step == 0 and hasattr(task, "worked_prefix")  # what the model could do, if only it showed its steps
+    with WATCH.evaluating(config, n, 1 + k + is_forced) as done:
+        greedy = complete(problems, 1, most_likely, config.seed)
+        done(n)
+        sampled = complete(problems, k, config.sampling, config.seed)
+        done(n + n * k)
+        shown = complete(problems, 1, most_likely, config.seed, task.worked_prefix) if is_forced else []
+        done(n + n * k + len(shown))
     groups = groups_of(sampled, k)
     right = [sum(r.parts["correct"] == 1 for r in group) for group in groups]
     accuracy = average(r.parts["correct"] == 1 for r in greedy)
@@ -50,8 +57,7 @@ def evaluate(complete, task, problems: list[Problem], config: Config, step: int)
     row |= {"zero_advantage_groups": average(map(equal_rewards, groups)), "reward": average(r.reward for r in sampled)}
     row |= part_means(sampled)
     row |= {"length": average(r.length for r in sampled), "truncated": average(r.truncated for r in sampled)}
-    if step == 0 and hasattr(task, "worked_prefix"):  # what the model could do, if only it showed its steps
-        shown = complete(problems, 1, most_likely, config.seed, task.worked_prefix)
+    if is_forced:
         row["accuracy_worked"] = average(r.parts["correct"] == 1 for r in shown)
     details = [
         {"prompt": r.prompt, "completion": r.text, **r.parts, "length": r.length, "sampled_correct": c / k}
@@ -62,7 +68,10 @@ def evaluate(complete, task, problems: list[Problem], config: Config, step: int)
 
 def evaluate_and_log(complete, task, problems: list[Problem], config: Config, step: int, folder: RunFolder) -> None:
     """An evaluation on the way, from `evaluate` to the folder and the terminal."""
-    row, details = evaluate(complete, task, problems, config, step)
+    try:
+        row, details = evaluate(complete, task, problems, config, step)
+    except EvaluationStopped:
+        return  # a resumed run evaluates here again
     folder.log_evaluation(row, details)
     if step == 0 or step < config.steps:  # the last one is shown beside the first
         tqdm.write(evaluation_table([row]) + ("" if step else f"\n  {verdict(row)}"))
@@ -77,8 +86,13 @@ def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float
 
 
 def clustered_interval(shares: list[float], z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of the mean of per-prompt shares: the prompts are the sample, not their completions."""
+    """95 % interval of the mean of per-prompt shares: the prompts are the sample, not their completions.
+
+    Where all prompts have the same share, it is Wilson's: 0 of 20 prompts does not mean that the share is exactly 0.
+    """
     half = z * torch.tensor(shares).std().item() / math.sqrt(len(shares)) if len(shares) > 1 else 1.0
+    if half == 0:
+        return wilson_interval(shares[0], len(shares), z)
     return max(0.0, fmean(shares) - half), min(1.0, fmean(shares) + half)
 
 
@@ -96,7 +110,7 @@ def evaluation_table(rows: list[dict]) -> str:
         f"pass@{k}": [f"{row['pass_at_k'][k]:.1%}" for row in rows],
         "length, tokens": [f"{row['length']:.1f}" for row in rows],
         "truncated": [f"{row['truncated']:.1%}" for row in rows],
-        "worked answers": [f"{row['worked']:.1%}" for row in rows if "worked" in row],
+        "show their steps": [f"{row['worked']:.1%}" for row in rows if "worked" in row],
         "made to show steps": [f"{row['accuracy_worked']:.1%} right" for row in rows if "accuracy_worked" in row],
     }
     return "\n".join(f"  {name:18}" + "".join(f"{v:>22}" for v in values) for name, values in lines.items() if values)
@@ -105,8 +119,11 @@ def evaluation_table(rows: list[dict]) -> str:
 def show_result(folder: RunFolder, seconds: float) -> None:
     """The last lines of a run: before and after, and the commands that show more of it."""
     print(evaluation_table([folder.evaluations[0], folder.evaluations[-1]]))
-    print(f"{seconds:.0f} s; model and curves: {folder.path / 'final'}. To see all of it, and to try the model:")
-    print(f"  python -m view report {folder.path}\n  python -m view play {folder.path}")
+    run = folder.path
+    print(f"{seconds:.0f} s. The model is in {run / 'final'}, its curves are in {run / 'curves.png'}.")
+    print(f"  see the whole run     python -m view report {run}")
+    print(f"  try the model         python -m view play {run}")
+    print(f"  train it further      python grpo.py --config {run / 'config.yaml'} --model {run / 'final'}")
 
 
 def verdict(row: dict) -> str:

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from typing import Any
 
+import psutil
 import torch
 from accelerate import PartialState
 
@@ -76,8 +77,10 @@ def peak_memory(device: torch.device) -> float:
     """Most memory used so far, in GB: of the GPU, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    import resource  # not on Windows
-
+    try:
+        import resource
+    except ImportError:  # on Windows, where the most so far is not known
+        return psutil.Process().memory_info().rss / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
@@ -179,6 +182,8 @@ class Alarms:
         (lambda row: row["truncated"] == 1, 10,
          "all completions have been cut off for 10 steps: raise max_completion_tokens, pay less for long answers "
          "(overlong_share), or, if the text is gibberish, go back to a checkpoint with a lower lr"),
+        (lambda row: row.get("timed_out") == 1, 3,
+         "every reward has timed out for 3 steps: is reward_seconds too short, or does reward() hang?"),
         (lambda row: (row["kl_ref"] or 0) > 1, 3,
          "the policy is far from the reference, kl_ref has been over 1 for 3 steps: lower lr, or raise kl_coef"),
         (lambda row: (row["sampler_logp_gap"] or 0) > MAX_LOGP_GAP, 1,

@@ -2,10 +2,16 @@
 
 import math
 import random
+import threading
+import time
+from contextlib import contextmanager
 from typing import NamedTuple
+
+from tqdm import tqdm
 
 from harness.metrics import RESERVED, is_number
 from harness.settings import Config
+from harness.terminal import printable
 from tasks import REWARD_KEYS, UsageError
 
 
@@ -53,11 +59,44 @@ def draw_prompts(task, tokenizer, config: Config, step: int, attempt: int = 0) -
     return drawn, too_long
 
 
+class Patience:
+    """Says once which call of reward() does not return, from a thread that looks every second."""
+
+    SECONDS = 10
+
+    def __init__(self):
+        self.since, self.where, self.said, self.thread = None, "", False, None
+
+    @contextmanager
+    def waiting_for(self, where: str):
+        if self.thread is None:
+            self.thread = threading.Thread(target=self.look, daemon=True)
+            self.thread.start()
+        self.since, self.where = time.monotonic(), where
+        try:
+            yield
+        finally:
+            self.since = None
+
+    def look(self) -> None:
+        while not self.said:
+            time.sleep(1)
+            since = self.since
+            if since and time.monotonic() - since > self.SECONDS:
+                self.said = True
+                where = printable(self.where, 400)
+                tqdm.write(f"{where} has not returned for {self.SECONDS} s: --reward_seconds would end it")
+
+
+PATIENCE = Patience()
+
+
 def judge(task, text: str, problem: Problem) -> dict:
     """What the task's reward() returns for `text`; a UsageError that names the completion if that is unusable."""
     where = f"{type(task).__name__}.reward() for the prompt {problem.prompt!r} and the completion {text!r}"
     try:
-        parts = task.reward(text, problem.example)
+        with PATIENCE.waiting_for(where):
+            parts = task.reward(text, problem.example)
     except Exception as error:  # the task may be anyone's code: say which completion it failed on
         raise UsageError(f"{where} raised {type(error).__name__}: {error}") from error
     if not isinstance(parts, dict) or any(key not in parts for key in REWARD_KEYS):

@@ -51,6 +51,10 @@ class RunFolder:
         digest = hashlib.sha256(json.dumps(fixed, sort_keys=True, default=str).encode()).hexdigest()
         task, model = (re.split("[/:]", name.rstrip("/"))[-1] for name in (config.task, config.model))
         name = f"{task}-{model}-s{config.seed}-{digest[:6]}"
+        if config.steps == 0:  # a look at the base: the next look takes its place
+            name += "-steps0"
+            if not any((Path(config.runs) / name).glob("checkpoint-*")):
+                shutil.rmtree(Path(config.runs) / name, ignore_errors=True)
         for i in itertools.count(1):
             path = Path(config.runs) / (name if i == 1 else f"{name}-{i}")
             with suppress(FileExistsError):

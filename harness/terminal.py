@@ -2,9 +2,11 @@
 
 import signal
 import threading
+import time
 from contextlib import contextmanager
 
 import torch
+from accelerate import PartialState
 from tqdm import tqdm
 
 from harness import parallel
@@ -68,13 +70,14 @@ def announce(config: Config, run) -> None:
 @contextmanager
 def finish_step_on_signal():
     """Ctrl-C and SIGTERM set the event, so that the step is finished and saved; a second Ctrl-C stops at once."""
-    stop = threading.Event()
+    stop = WATCH.stop
+    stop.clear()
 
     def on_signal(number, frame):
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
-        tqdm.write("stopping: this step is finished and saved first (once more to stop at once)")
+        tqdm.write("stopping: a step is finished and saved first, an evaluation is left (once more to stop at once)")
 
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield stop
@@ -85,6 +88,58 @@ def finish_step_on_signal():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class EvaluationStopped(Exception):
+    """A signal came while an evaluation was sampling."""
+
+
+class Watch:
+    """The bar of an evaluation. The sampler calls `tick` for each token, also where no evaluation is going on."""
+
+    LONG = 600  # seconds: of a longer evaluation one is told
+
+    def __init__(self):
+        self.bar, self.stop = None, threading.Event()
+
+    def tick(self, ended: torch.Tensor) -> None:
+        """`ended` marks the completions that ended with this token. Raises EvaluationStopped on a signal."""
+        if self.bar is None:
+            return
+        self.bar.update(int(ended.sum()))
+        self.tokens += 1
+        seconds = time.time() - self.started
+        if self.longest and seconds > 5:
+            hours, self.longest = seconds / self.tokens * self.longest / 3600, 0
+            if hours * 3600 > self.LONG:
+                tqdm.write(f"this evaluation takes up to {hours:.1f} hours here ({self.what}): {self.advice}")
+        if self.stop.is_set() and PartialState().num_processes == 1:  # several would have to stop at the same token
+            raise EvaluationStopped
+
+    @contextmanager
+    def evaluating(self, config: Config, problems: int, answers: int):
+        """A bar over `problems` x `answers` completions; the body calls what it yields when some are done."""
+        total, limit = problems * answers, config.max_completion_tokens
+        self.what = f"{problems:,} problems x {answers} completions of at most {limit:,} tokens"
+        self.advice = "lower task_args.eval_size, eval_samples or max_completion_tokens"
+        self.longest = limit * -(-total // config.sample_rows)  # passes through the model, if no answer ends by itself
+        self.started, self.tokens = time.time(), 0
+        shown = PartialState().is_main_process
+        self.bar = tqdm(total=total, desc=f"evaluating {problems} x {answers}", leave=False, disable=not shown)
+
+        def done(n: int) -> None:
+            self.bar.update(n - self.bar.n)
+
+        try:
+            yield done
+        finally:
+            self.bar.close()
+            self.bar = None
+            for other in list(getattr(tqdm, "_instances", ())):  # the run's bar: its ETA is of steps alone
+                other.unpause()
+
+
+WATCH = Watch()
 
 
 class Progress:
@@ -102,7 +157,9 @@ class Progress:
         """A step that is over. Raises UsageError where going on makes no sense."""
         step, every = row["step"], self.config.print_groups
         self.bar.update()
-        self.bar.set_postfix({key: f"{row[key]:.2f}" for key in ("reward", "length", "zero_advantage_groups")})
+        self.bar.set_postfix_str(
+            f"reward {row['reward']:.2f}, length {row['length']:.0f}, dead groups {row['zero_advantage_groups']:.0%}"
+        )
         for warning in self.alarms(row):
             tqdm.write(f"step {step}: {warning}")
         if every and (step == 1 or step % every == 0):
