@@ -21,7 +21,7 @@ import yaml
 from harness.setting_help import Setting, help_text, settings_of
 from harness.settings import CHANGEABLE_ON_RESUME, HERE, PRESET, Config
 from tasks import TASKS, UsageError
-from tasks.names import check_local, near
+from tasks.names import ask_the_hub_only_if_it_is_there, check_local, near
 
 # what other projects call a setting (docs/names_elsewhere.md); "clip_low and clip_high" are two
 ELSEWHERE = dict(
@@ -40,6 +40,7 @@ ELSEWHERE = dict(
     dataset="task_args.dataset", eval_size="task_args.eval_size",
 )  # fmt: skip
 
+GPUS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/kfd")  # of NVIDIA, under WSL, of AMD
 # What torchao and deepspeed say at each start, where they are installed: of kernels that nobody has asked for.
 NOISE = (
     ("torchao", "Failed to load"),
@@ -241,6 +242,10 @@ def check_arguments(argv: list[str]) -> None:
     """Ends the program if `parse_config` refuses the arguments; else says what takes the next seconds."""
     with errors_as_lines():
         config = parse_config(argv)
+        if config.device == "cuda" and not any(Path(device).exists() for device in GPUS):
+            raise UsageError("device is cuda, and this machine has no GPU for it: --device cpu tries it all the same")
+        if not (Path(config.model).exists() or (HERE / config.model).exists()):
+            check_hub_has(config.model)
     for logger, begin in NOISE:
         logging.getLogger(logger).addFilter(lambda record, begin=begin: not record.getMessage().startswith(begin))
     if os.environ.get("RANK", "0") == "0":
@@ -274,6 +279,18 @@ def check_model_and_task(model: str, task: str, files: list[Path]) -> None:
             "your own: path/to/file.py:Class"
         )
     raise UsageError(f"--model is needed beside --task, as in --model Qwen/Qwen2.5-0.5B-Instruct --task {task}")
+
+
+def check_hub_has(model: str) -> None:
+    """Raises UsageError if a model of the Hub is not in the cache and the Hub cannot be reached."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    ask_the_hub_only_if_it_is_there()
+    if constants.HF_HUB_OFFLINE and not isinstance(try_to_load_from_cache(model, "config.json"), str):
+        raise UsageError(
+            f"model {model!r} is no folder here and not in the cache, and the Hub cannot be reached (or HF_HUB_OFFLINE "
+            f"is set): where there is a network, `hf download {model} --local-dir FOLDER`, then --model FOLDER"
+        )
 
 
 def check_can_be_written(folder: Path) -> None:

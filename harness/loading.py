@@ -29,6 +29,7 @@ from harness.prompts import Problem, evaluation_problems
 from harness.run_folder import RunFolder
 from harness.settings import HERE, Config, UsageError
 from tasks import load_task
+from tasks.names import ask_the_hub_only_if_it_is_there
 
 SINGLE_THREADED = 250_000  # models with fewer parameters run on one thread
 
@@ -94,8 +95,8 @@ def readable_errors(name: str):
                 f"model {name!r} brings Python code of its own: read it, and if you trust it --trust_remote_code true"
             ) from error
         raise UsageError(
-            f"model {name!r} cannot be loaded: {reason} Give a folder (`hf download NAME --local-dir FOLDER` makes a "
-            "copy of a model), or a name on the Hub."
+            f"model {name!r} cannot be loaded: {reason} Give a name on the Hub, or a folder: `hf download NAME "
+            "--local-dir FOLDER` makes one where there is a network."
         ) from error
 
 
@@ -104,6 +105,7 @@ def load_model_config(name: str, trust_remote_code: bool = False):
     name = local_name(name)
     if not Path(name).exists():
         print(f"there is no folder {name} here: looking for it on the Hugging Face Hub")
+        ask_the_hub_only_if_it_is_there()
     config_file = Path(name) / "config.json"
     with readable_errors(name):
         if config_file.is_file() and json.loads(config_file.read_text()).get("model_type") == "mathformer":

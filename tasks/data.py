@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tasks.names import check_local
+from tasks.names import ask_the_hub_only_if_it_is_there, check_local
 
 
 def load_rows(dataset: str, split: str, columns: list[str], subset: str | None = None):
@@ -27,11 +27,14 @@ def load_rows(dataset: str, split: str, columns: list[str], subset: str | None =
             kind = {".parquet": "parquet", ".csv": "csv"}.get(path.suffix, "json")
             rows = datasets.load_dataset(kind, data_files=str(path), split="train")
         else:
+            if not path.exists():
+                ask_the_hub_only_if_it_is_there()
             rows = datasets.load_dataset(dataset, subset, split=split)
     except Exception as error:  # of many kinds: network, file system, format
         raise ValueError(
             f"the data set {dataset!r} (split {split}) cannot be loaded: {(str(error) or repr(error)).splitlines()[0]} "
-            "Give a name on the Hugging Face Hub, or a local folder or JSON or Parquet file"
+            "Give a name on the Hugging Face Hub, or a local folder or JSON, CSV or Parquet file (`hf download NAME "
+            "--repo-type dataset --local-dir FOLDER` makes a folder where there is a network)"
         ) from error
     missing = [column for column in columns if column not in rows.column_names]
     if missing:

@@ -1,8 +1,11 @@
-"""Names that a person types: which is meant to be local, and which other one is close."""
+"""Names that a person types: which other one is close, which is meant to be local, and the Hub for all others."""
 
 import difflib
+import os
+import socket
 from collections.abc import Iterable
 from pathlib import Path
+from urllib.parse import urlparse
 
 from tasks import UsageError
 
@@ -29,3 +32,16 @@ def check_local(name: str, what: str) -> None:
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     if is_path or path.suffix in LOCAL or ("/" in name and hint):
         raise UsageError(f"{what} {name!r}: there is no such file or folder{hint}")
+
+
+def ask_the_hub_only_if_it_is_there() -> None:
+    """Without a network, the Hub's library reads its cache alone: left to itself, it would try for half a minute."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or any(name.upper() in ("HTTPS_PROXY", "ALL_PROXY") for name in os.environ):
+        return
+    host = urlparse(constants.ENDPOINT)
+    try:
+        socket.create_connection((host.hostname, host.port or 443), timeout=3).close()
+    except OSError:
+        constants.HF_HUB_OFFLINE = True

@@ -126,6 +126,8 @@ AT_ONCE = [
     ("grpo.py --model no_yaml.txt --task arithmetic", "is no model's folder: there is no config.json in it"),
     ("grpo.py --model empty_folder --task arithmetic", "is no model's folder: there is no config.json in it"),
     ("grpo.py --model runs/x/final --task arithmetic", "there is no such file or folder"),
+    # a recipe for a GPU, on a machine without one
+    ("grpo.py --config ROOT/configs/countdown-3b.yaml", "device is cuda, and this machine has no GPU for it"),
     # the views
     ("-m view", "there is no view '': take report or play"),
     ("-m view raport", "there is no view 'raport': take report or play"),
@@ -153,6 +155,7 @@ import io, json, os, runpy, sys, traceback
 import jsonargparse, yaml
 from harness import command_line
 sys.modules["torch"] = None  # an import of it fails
+command_line.GPUS = ()
 root = sys.argv[1]
 for line in sys.stdin:
     words, environment = json.loads(line)
@@ -230,6 +233,47 @@ def test_a_variable_of_the_environment_that_sets_nothing_is_refused(server):
     assert "the environment sets GRPO_LERNING_RATE" in ask(server, "grpo.py", GRPO_LERNING_RATE="1")[1]
     status, line = ask(server, "grpo.py", GRPO_STEPS="few")
     assert status == 1 and "steps is 'few', it must be a whole number" in line
+
+
+def test_a_model_of_the_hub_that_cannot_be_had_is_named_at_once(server, tmp_path):
+    flags = "grpo.py --model org/some-model --task countdown"
+    cache = dict(HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(tmp_path))
+    status, line = ask(server, flags, **cache)
+    assert status == 1 and line.startswith("error: model 'org/some-model' is no folder here and not in the cache")
+    assert "`hf download org/some-model --local-dir FOLDER`" in line and "HF_HUB_OFFLINE" in line
+    snapshot = tmp_path / "models--org--some-model" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (tmp_path / "models--org--some-model" / "refs").mkdir()
+    (tmp_path / "models--org--some-model" / "refs" / "main").write_text("abc")
+    assert ask(server, flags, **cache)[0] == 99, "what is in the cache goes on to load torch"
+
+
+def test_without_a_network_the_hub_is_not_asked_for_half_a_minute(monkeypatch):
+    from huggingface_hub import constants
+
+    from tasks import names
+
+    asked = []
+
+    def refuse(address, timeout):
+        asked.append((address, timeout))
+        raise OSError("no network")
+
+    for name in list(os.environ):
+        if name.upper() in ("HTTPS_PROXY", "ALL_PROXY"):
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.example")
+    monkeypatch.setattr(names.socket, "create_connection", refuse)
+    names.ask_the_hub_only_if_it_is_there()
+    assert constants.HF_HUB_OFFLINE and asked == [(("hub.example", 443), 3)]
+    names.ask_the_hub_only_if_it_is_there()
+    assert len(asked) == 1, "it is known by then"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("https_proxy", "http://proxy:1")
+    names.ask_the_hub_only_if_it_is_there()
+    assert not constants.HF_HUB_OFFLINE and len(asked) == 1, "a proxy may reach it"
 
 
 def test_what_is_right_goes_on_to_load_torch(server):
