@@ -475,8 +475,8 @@ def test_a_line_is_folded_by_its_own_characters(text, limit, shown):
 def test_countdown_recipes_run_on_a_tiny_local_model(recipe, qwen3_folder, tmp_path):
     argv = ["--config", f"configs/{recipe}.yaml", "--model", qwen3_folder, "--task_args.dataset", "synthetic"]
     argv += ["--task_args.eval_size", "4", "--steps", "2", "--eval_samples", "2", "--runs", str(tmp_path)]
-    argv += ["--device", "cpu", "--prompts_per_step", "2", "--max_prompt_tokens", "700", "--max_completion_tokens", "12"]
-    summary = grpo.train(grpo.parse_config(argv))
+    argv += ["--prompts_per_step", "2", "--max_prompt_tokens", "700", "--max_completion_tokens", "12"]
+    summary = grpo.train(grpo.parse_config([*argv, "--device", "cpu"]))
     assert [row["step"] for row in rows(summary["run"], "metrics.jsonl")] == [1, 2]
     assert {row["step"] for row in rows(summary["run"], "eval.jsonl")} == {0, 2}
     rollout = rows(summary["run"], "rollouts.jsonl")[0]

@@ -263,9 +263,9 @@ def test_the_gradient_is_that_of_the_torch_sampler(folder, config, accelerator):
 @pytest.mark.curves
 def test_a_countdown_recipe_runs_with_vllm(qwen3_folder, tmp_path):
     argv = ["--config", "configs/countdown-workshop.yaml", "--model", qwen3_folder, "--sampler", "vllm"]
-    argv += ["--device", "cpu", "--task_args.dataset", "synthetic", "--task_args.eval_size", "4", "--steps", "3", "--eval_samples", "2"]
+    argv += ["--task_args.dataset", "synthetic", "--task_args.eval_size", "4", "--steps", "3", "--eval_samples", "2"]
     argv += ["--prompts_per_step", "2", "--max_completion_tokens", "12", "--kv_cache_gb", "0.1"]
-    argv += ["--runs", str(tmp_path)]
+    argv += ["--device", "cpu", "--runs", str(tmp_path)]
     run = grpo.train(grpo.parse_config(argv))["run"]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 3 and max(row["sampler_logp_gap"] or 0 for row in rows) < 1e-3
