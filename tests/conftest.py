@@ -13,6 +13,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: threads of 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import quick
 import torch
 from accelerate import Accelerator
 from transformers import (
@@ -30,6 +31,11 @@ from transformers import (
 import grpo
 from mathformer.tokenizer import build_tokenizer
 from mathformer.train import build_model
+
+
+def pytest_collection_modifyitems(items):
+    quick.mark(items)
+
 
 PRETRAINED = "mathformer/pretrained"
 SHAPE = dict(vocab_size=33, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
