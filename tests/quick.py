@@ -34,7 +34,7 @@ def mark(items) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("durations", nargs="?", type=Path, default=HERE.parent / ".durations.xml")
-    parser.add_argument("--seconds", type=float, default=70, help="of one process")
+    parser.add_argument("--seconds", type=float, default=40, help="of one process")
     options = parser.parse_args()
     seconds = Counter()
     for case in ElementTree.parse(options.durations).iter("testcase"):

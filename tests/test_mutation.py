@@ -5,6 +5,7 @@ from pathlib import Path
 
 import mutation
 import pytest
+import quick
 import test_settings
 from mutants import MUTANTS, Mutant
 
@@ -77,3 +78,15 @@ def test_every_file_of_the_project_can_have_mistakes():
     found = {str(path.relative_to(mutation.ROOT)) for path in mutation.sources()}
     assert {"grpo.py", "variants.py", "harness/metrics.py", "tasks/countdown.py", "view/report.py"} <= found
     assert not any(name.startswith(("tests", "benchmarks", "notebooks", ".")) for name in found)
+
+
+def test_the_quick_tests_catch_at_least_half_of_the_mistakes():
+    slow = quick.slow_functions()
+    named = [mutant.tests[0].removeprefix("tests/") for mutant in MUTANTS]
+    caught = [test for test in named if test not in slow and "-k" not in test]
+    assert len(caught) >= len(MUTANTS) / 2
+    rooms = {path.parent.name for path in HERE.rglob("test_*.py")} - {HERE.name}
+    tests = {quick.function_of(p.relative_to(HERE).as_posix(), name) for p in HERE.rglob("test_*.py")
+             for name in re.findall(r"^def (test_\w+)", p.read_text(), re.MULTILINE)}  # fmt: skip
+    assert rooms <= {test.partition("/")[0] for test in tests - slow if "/" in test}, "each room is looked at"
+    assert slow <= tests, "a test of not_quick.txt is gone: python tests/quick.py"

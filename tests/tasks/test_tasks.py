@@ -380,7 +380,7 @@ def test_math_levels(tmp_path):
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path):
-    with pytest.raises(ValueError, match="'nobody/nothing'.*cannot be loaded.*local folder or JSON or Parquet"):
+    with pytest.raises(ValueError, match="'nobody/nothing'.*cannot be loaded.*local folder or JSON, CSV or Parquet"):
         Countdown("nobody/nothing")
     path = write_jsonl(tmp_path / "a.jsonl", [{"numbers": [1, 2], "target": 3}] * 20)
     with pytest.raises(ValueError, match="has no column nums; it has numbers, target"):
