@@ -435,14 +435,20 @@ def test_dead_groups_are_kept_under_a_kl_penalty_also_from_a_saved_config(run, p
 
 
 @pytest.mark.parametrize("at", ["first evaluation", "last evaluation"])
-def test_interrupted_in_an_evaluation_and_resumed(run, monkeypatch, pays_length, at):
+@pytest.mark.parametrize("when", ["before it", "behind it"])
+def test_interrupted_in_an_evaluation_and_resumed(run, monkeypatch, pays_length, at, when):
     evaluate = evaluation.evaluate
 
     def interrupt(*args):
-        if args[-1] == (0 if at == "first evaluation" else 2):
+        if args[-1] != (0 if at == "first evaluation" else 2):
+            return evaluate(*args)
+        monkeypatch.setattr(evaluation, "evaluate", evaluate)
+        if when == "before it":  # it is left, and done again
             os.kill(os.getpid(), signal.SIGINT)
-            monkeypatch.setattr(evaluation, "evaluate", evaluate)
-        return evaluate(*args)
+        found = evaluate(*args)
+        if when == "behind it":  # it is logged, and not done again
+            os.kill(os.getpid(), signal.SIGINT)
+        return found
 
     whole = run(steps=3, eval_steps=2)
     monkeypatch.setattr(evaluation, "evaluate", interrupt)
