@@ -23,7 +23,7 @@ from harness.settings import CHANGEABLE_ON_RESUME, HERE, PRESET, Config
 from tasks import TASKS, UsageError
 from tasks.names import ask_the_hub_only_if_it_is_there, check_local, near
 
-# what other projects call a setting (docs/names_elsewhere.md); "clip_low and clip_high" are two
+# what other projects call a setting: docs/names_elsewhere.md
 ELSEWHERE = dict(
     learning_rate="lr", num_generations="group_size", generations_per_sample="group_size", beta="kl_coef",
     kl_coefficient="kl_coef", epsilon="clip_low and --clip_high", clip_ratio="clip_low and --clip_high",
@@ -226,7 +226,8 @@ def parse_config(argv: list[str]) -> Config:
     named = {}
     for file in files:
         named |= read_yaml(file, settings)
-    check_model_and_task(given["model"] or named.get("model"), given["task"] or named.get("task"), files)
+    if not given["resume"]:  # which needs the checkpoint, and no longer what it began with
+        check_model_and_task(given["model"] or named.get("model"), given["task"] or named.get("task"), files)
     words = [f"--{name}={value}" for name, value in flags if name != "config"]
     config = parse(Config, words, usage, about, files, "GRPO")
     check_can_be_written(Path(config.runs))
@@ -244,7 +245,7 @@ def check_arguments(argv: list[str]) -> None:
         config = parse_config(argv)
         if config.device == "cuda" and not any(Path(device).exists() for device in GPUS):
             raise UsageError("device is cuda, and this machine has no GPU for it: --device cpu tries it all the same")
-        if not (Path(config.model).exists() or (HERE / config.model).exists()):
+        if not (config.resume or Path(config.model).exists() or (HERE / config.model).exists()):
             check_hub_has(config.model)
     for logger, begin in NOISE:
         logging.getLogger(logger).addFilter(lambda record, begin=begin: not record.getMessage().startswith(begin))

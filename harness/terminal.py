@@ -88,6 +88,7 @@ def finish_step_on_signal():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        stop.clear()  # or the next evaluation of this process would end at once
 
 
 class EvaluationStopped(Exception):

@@ -67,7 +67,8 @@ def load_task(name: str, task_args: dict[str, Any], reward_seconds: float = 0.0)
         def reward(text: str, example: dict) -> dict:
             try:
                 with time_limit(reward_seconds):
-                    return judge(text, example) | {"timed_out": 0.0}
+                    parts = judge(text, example)
+                return parts | {"timed_out": 0.0} if isinstance(parts, dict) else parts
             except TimeoutError:  # as of a program that does not end: it is no right answer
                 late = f"reward() took longer than {reward_seconds:g} s"
                 return dict(reward=0.0, correct=0.0, format=0.0, prediction=late, ground_truth="", timed_out=1.0)

@@ -408,4 +408,68 @@ ONE_PAGE = [
                 "problems[i // G]", "problems[i % len(problems)]"),
 ]  # fmt: skip
 
-MUTANTS = PITFALLS + WIRING + FURTHER + SEAMS + ONE_PAGE
+
+def unheard(test: str, mistake: str, where: str, old: str, new: str) -> Mutant:
+    return mutant(f"harness/test_no_silence.py::{test}", mistake, where, old, new)
+
+
+def mistyped(test: str, mistake: str, where: str, old: str, new: str) -> Mutant:
+    return mutant(f"test_mistakes.py::{test}", mistake, where, old, new)
+
+
+AT_ONCE = "test_a_mistake_is_answered_in_one_line_before_torch_is_loaded"
+# The first five minutes: what a person is told, and when.
+FIRST_MINUTES = [
+    unheard("test_an_evaluation_has_a_bar_that_ends_full", "the bar of an evaluation stands still", "Watch.tick",
+            "self.bar.update(int(ended.sum()))", "None"),
+    unheard("test_a_long_evaluation_is_announced_with_what_would_shorten_it", "a long evaluation is not announced",
+            "Watch.tick", "hours * 3600 > self.LONG", "False"),
+    unheard("test_a_signal_ends_an_evaluation_between_two_tokens", "a signal waits for the evaluation", "Watch.tick",
+            "self.stop.is_set() and PartialState().num_processes == 1", "False"),
+    unheard("test_a_signal_ends_an_evaluation_between_two_tokens", "a signal stays for the next run",
+            "finish_step_on_signal", "for number, handler in before.items():\n    signal.signal(number, handler)\nstop.clear()",
+            "for number, handler in before.items():\n    signal.signal(number, handler)"),
+    unheard("test_the_time_of_a_step_on_the_bar_is_without_evaluations", "evaluations in the time of a step",
+            "Watch.evaluating", "other.unpause()", "None"),
+    unheard("test_shares_that_are_all_the_same_have_an_honest_interval", "0 of 20 is exactly 0", "clustered_interval",
+            "half == 0", "False"),
+    unheard("test_a_reward_that_does_not_return_is_named", "a reward that hangs is not named", "Patience.look",
+            "since and time.monotonic() - since > self.SECONDS", "False"),
+    unheard("test_rewards_that_all_time_out_are_an_alarm", "no alarm where all rewards time out", "Alarms",
+            'row.get("timed_out") == 1', "False"),
+    unheard("test_the_share_of_rewards_that_time_out_counts_those_that_do_not", "only those that time out are counted",
+            "load_task", 'parts | {"timed_out": 0.0} if isinstance(parts, dict) else parts', "parts"),
+    unheard("test_a_reward_with_a_time_limit_is_checked_like_any_other", "a limited reward of None raises", "load_task",
+            'parts | {"timed_out": 0.0} if isinstance(parts, dict) else parts', 'parts | {"timed_out": 0.0}'),
+    unheard("test_about_a_minute_is_said_of_the_recipe_as_it_is", "about a minute, whatever is changed", "parse_config",
+            'dataclasses.replace(config, about="")', "config"),
+    unheard("test_looks_at_the_base_share_a_folder_and_nothing_that_was_trained_is_lost", "a look removes checkpoints",
+            "RunFolder._make", 'any((Path(config.runs) / name).glob("checkpoint-*"))', "False"),
+    unheard("test_looks_at_the_base_share_a_folder_and_nothing_that_was_trained_is_lost", "a folder for each look",
+            "RunFolder._make", "shutil.rmtree(Path(config.runs) / name, ignore_errors=True)", "None"),
+    unheard("test_what_libraries_say_at_each_start_is_silenced_and_nothing_else", "all of their warnings are silenced",
+            "check_arguments", "not record.getMessage().startswith(begin)", "False"),
+    mistyped(AT_ONCE, "torch is loaded before the arguments are read", "check_arguments",
+             "config = parse_config(argv)", "import torch\nconfig = parse_config(argv)"),
+    mistyped(AT_ONCE, "names of other projects are unknown", "no_such_setting", "name.lower() in ELSEWHERE", "False"),
+    mistyped(AT_ONCE, "nothing is suggested", "near", 'f"; did you mean {before}{found[0]}?" if found else ""', '""'),
+    mistyped(AT_ONCE, "a local name is left to the Hub", "check_local",
+             'is_path or path.suffix in LOCAL or ("/" in name and hint)', "False"),
+    mistyped(AT_ONCE, "a recipe for a GPU is begun without one", "check_arguments", 'config.device == "cuda"', "False"),
+    mistyped("test_a_flag_that_is_true_or_false_may_stand_alone", "a flag alone is false", "flags_of", '"true"', '"false"'),
+    mistyped("test_a_run_goes_on_without_the_model_that_it_began_with", "a resumed run asks for its first model",
+             "parse_config", 'not given["resume"]', "True"),
+    mistyped("test_a_run_goes_on_without_the_model_that_it_began_with", "a resumed run asks the Hub", "check_arguments",
+             "config.resume or Path(config.model).exists() or (HERE / config.model).exists()",
+             "Path(config.model).exists() or (HERE / config.model).exists()"),
+    mistyped("test_a_model_of_the_hub_that_cannot_be_had_is_named_at_once", "the cache is not looked at", "check_hub_has",
+             'isinstance(try_to_load_from_cache(model, "config.json"), str)', "False"),
+    mistyped("test_without_a_network_the_hub_is_not_asked_for_half_a_minute", "a proxy is not thought of",
+             "ask_the_hub_only_if_it_is_there", 'name.upper() in ("HTTPS_PROXY", "ALL_PROXY")', "False"),
+    mutant("test_examples.py::test_capitals_has_two_hundred_different_rows_and_takes_a_csv", "a CSV read as JSON",
+           "load_rows", '{".parquet": "parquet", ".csv": "csv"}', '{".parquet": "parquet"}'),
+    mutant("test_examples.py::test_a_data_set_that_looks_local_and_is_not_there_is_refused_at_once",
+           "a data set's name is left to the Hub", "load_rows", 'check_local(dataset, "data set")', "None"),
+]  # fmt: skip
+
+MUTANTS = PITFALLS + WIRING + FURTHER + SEAMS + ONE_PAGE + FIRST_MINUTES

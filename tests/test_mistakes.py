@@ -249,6 +249,13 @@ def test_a_model_of_the_hub_that_cannot_be_had_is_named_at_once(server, tmp_path
     assert ask(server, flags, **cache)[0] == 99, "what is in the cache goes on to load torch"
 
 
+@pytest.mark.parametrize("model", ["org/some-model", "./gone"])
+def test_a_run_goes_on_without_the_model_that_it_began_with(model, server, tmp_path):
+    """Its checkpoint has all of it."""
+    (tmp_path / "config.yaml").write_text(f"model: {model}\ntask: countdown\nruns: {tmp_path}\n")
+    assert ask(server, f"grpo.py --resume {tmp_path}", HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(tmp_path))[0] == 99
+
+
 def test_without_a_network_the_hub_is_not_asked_for_half_a_minute(monkeypatch):
     from huggingface_hub import constants
 

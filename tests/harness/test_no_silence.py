@@ -15,6 +15,7 @@ from harness import command_line, evaluation, prompts, terminal
 from harness.metrics import Alarms
 from harness.terminal import WATCH
 from mathformer import ArithmeticTask
+from tasks import load_task
 
 
 class Few(ArithmeticTask):
@@ -26,6 +27,11 @@ class Sleepy(Few):
     def reward(self, text, example):
         time.sleep(2.5 * (text != ""))  # not in the check at the start
         return super().reward(text, example)
+
+
+class Forgetful(Few):
+    def reward(self, text, example):
+        return None
 
 
 HERE = str(Path(__file__).resolve())
@@ -97,6 +103,7 @@ def test_a_signal_ends_an_evaluation_between_two_tokens(number, make_config, mon
     assert summary["interrupted"] and len(ticks) == 5
     assert (folder / "eval.jsonl").read_text() == ""
     assert "go on with: python grpo.py --resume" in capsys.readouterr().out
+    assert not WATCH.stop.is_set(), "the next evaluation of this process is not stopped"
     resumed = grpo.train(grpo.parse_config(["--resume", str(folder)]))
     assert not resumed.get("interrupted")
     rows = [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()]
@@ -132,6 +139,17 @@ def test_a_reward_that_does_not_return_is_named(make_config, monkeypatch, capsys
     assert said.count("has not returned for 0.5 s: --reward_seconds would end it") == 1
     assert "Sleepy.reward() for the prompt 'a prompt' and the completion 'an answer'" in said
     assert threading.active_count() < 20
+
+
+def test_a_reward_with_a_time_limit_is_checked_like_any_other():
+    task = load_task(f"{HERE}:Forgetful", {}, reward_seconds=5.0)
+    with pytest.raises(grpo.UsageError, match="must be a dict with the keys .*, but is None"):
+        prompts.judge(task, "x", prompts.Problem({}, "p", [1]))
+
+
+def test_the_share_of_rewards_that_time_out_counts_those_that_do_not(make_config):
+    task = load_task(f"{HERE}:Few", {}, reward_seconds=5.0)
+    assert task.reward("", task.eval()[0])["timed_out"] == 0
 
 
 def test_rewards_that_all_time_out_are_an_alarm():
