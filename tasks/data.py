@@ -1,5 +1,6 @@
 """What tasks read: the rows of data sets, and the text of prompt templates."""
 
+import json
 from pathlib import Path
 
 from tasks.names import ask_the_hub_only_if_it_is_there, check_local
@@ -31,8 +32,9 @@ def load_rows(dataset: str, split: str, columns: list[str], subset: str | None =
                 ask_the_hub_only_if_it_is_there()
             rows = datasets.load_dataset(dataset, subset, split=split)
     except Exception as error:  # of many kinds: network, file system, format
+        what = broken_line(path) or (str(error) or repr(error)).splitlines()[0]
         raise ValueError(
-            f"the data set {dataset!r} (split {split}) cannot be loaded: {(str(error) or repr(error)).splitlines()[0]} "
+            f"the data set {dataset!r} (split {split}) cannot be loaded: {what.rstrip('.')}. "
             "Give a name on the Hugging Face Hub, or a local folder or JSON, CSV or Parquet file (`hf download NAME "
             "--repo-type dataset --local-dir FOLDER` makes a folder where there is a network)"
         ) from error
@@ -41,6 +43,19 @@ def load_rows(dataset: str, split: str, columns: list[str], subset: str | None =
         found = ", ".join(rows.column_names)
         raise ValueError(f"the data set {dataset!r} has no column {', '.join(missing)}; it has {found}")
     return rows
+
+
+def broken_line(path: Path) -> str:
+    """What is wrong with the first line of a JSON Lines file that is not JSON, which the library does not say."""
+    if path.suffix != ".jsonl" or not path.is_file():
+        return ""
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            if line.strip() and not isinstance(json.loads(line), dict):
+                return f"line {number} is no row in braces"
+        except ValueError as error:
+            return f"line {number} is not JSON: {error}"
+    return ""
 
 
 def read_template(name: str, known: dict[str, str], fields: tuple[str, ...]) -> str:

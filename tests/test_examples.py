@@ -9,6 +9,7 @@ import pytest
 
 import grpo
 from tasks import load_task
+from tasks.data import load_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
@@ -106,3 +107,18 @@ def test_the_reward_functions_of_trl_are_called_as_trl_calls_them():
     completions = [[{"role": "assistant", "content": text}] for text in ("a\nsea", "b")]
     assert found["two_lines"]([None] * 2, completions, word=["sea"] * 2) == [0.5, 0.0]
     assert found["ends_with_the_word"]([None] * 2, completions, word=["sea", "hill"]) == [0.5, 0.0]
+
+
+@pytest.mark.parametrize(
+    "second, said",
+    [
+        ('{"question": "b", "answer": "B"', "line 2 is not JSON"),
+        ('["b", "B"]', "line 2 is no row in braces"),
+    ],
+)
+def test_a_broken_line_of_a_data_set_is_named(second, said, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"question": "a", "answer": "A"}\n' + second + '\n{"question": "c", "answer": "C"}\n')
+    with pytest.raises(ValueError) as error:
+        load_rows(str(file), "train", ["question"])
+    assert said in str(error.value) and "\n" not in str(error.value)
