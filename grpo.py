@@ -56,7 +56,8 @@ from torch.utils.checkpoint import checkpoint
 import variants
 from harness import evaluation, kv_cache, loading, memory, metrics, optimizers, parallel, terminal
 from harness.batching import logps_under, own_microbatches, pad, policy_inputs
-from harness.prompts import Problem, draw_prompts, judge
+from harness.model_checks import check_model, scaled_and_capped
+from harness.prompts import Problem, draw_prompts, judge, written_text
 from harness.run_folder import RunFolder
 from harness.settings import Config, Sample, Sampling, UsageError
 from harness.vllm_sampler import proven_sampler
@@ -95,7 +96,7 @@ def output_logits(model: nn.Module, hidden: Tensor) -> Tensor:
     head = model.get_output_embeddings()
     with torch.autocast(hidden.device.type, enabled=False):
         bias = None if head.bias is None else head.bias.float()
-        return F.linear(hidden.float(), head.weight.float(), bias)
+        return scaled_and_capped(model, F.linear(hidden.float(), head.weight.float(), bias))
 
 
 class TorchSampler:
@@ -141,12 +142,11 @@ class TorchSampler:
         logits, cache = self._forward(torch.tensor(ids, device=self.device), mask, None)  # [P, V]
         if logits.isnan().any():
             raise UsageError("the logits are not numbers: it has diverged. Go back, or lower lr")
-        cache.batch_repeat_interleave(group_size)
-        kv_cache.make_room(cache)
-        logits = logits.repeat_interleave(group_size, 0)  # [B, V]
-        mask = mask.repeat_interleave(group_size, 0)  # [B, L]
-
         B = len(prompts) * group_size
+        rows = torch.arange(B, device=self.device) // group_size  # the prompt of each completion
+        kv_cache.take_rows(cache, rows)
+        logits, mask = logits[rows], mask[rows]  # [B, V], [B, L]
+
         tokens = torch.zeros(B, max_tokens, dtype=torch.long, device=self.device)
         logps = torch.zeros(B, max_tokens, device=self.device)
         lengths = torch.full((B,), max_tokens, device=self.device)
@@ -169,7 +169,7 @@ class TorchSampler:
                 lengths[unfinished[stopped]] = t + 1
                 kept = kv_cache.close_gaps(stopped)  # rows to keep; the last ones fill the gaps
                 unfinished, token, mask = unfinished[kept], token[kept], mask[kept]
-                cache.batch_select_indices(kept)
+                kv_cache.take_rows(cache, kept)
             if t + 1 == max_tokens or not len(unfinished):
                 break
             mask = F.pad(mask, (0, 1), value=1)
@@ -207,9 +207,7 @@ def complete(
     rollouts = [Rollout(*sample) for sample in samples]
     for i, r in enumerate(rollouts):
         problem = problems[i // group_size]
-        # special tokens stay in the text, except the end-of-sequence token
-        written = tokenizer.decode(r.completion_ids if r.truncated else r.completion_ids[:-1])
-        r.prompt, r.text = problem.prompt, getattr(task, "prefill", "") + prefix + written
+        r.prompt, r.text = problem.prompt, problem.begun + prefix + written_text(tokenizer, r)
         r.parts = judge(task, r.text, problem)
         r.reward = float(r.parts["reward"])  # GRPO: whatever the task pays
     return parallel.join(rollouts)
@@ -540,7 +538,7 @@ def setup(config: Config) -> loading.Run:
     """All parts of a run, checked before any long work and before a folder is made."""
     run = loading.load(config)  # task, model, tokenizer, evaluation problems, device
     accelerator, model = run.accelerator, run.model
-    loading.check_logits(model, run.problems[0].ids, output_logits)
+    check_model(run, Policy, TorchSampler)
     policy = Policy(model, config.temperature, entropy_gradient=config.entropy_coef > 0)
     optimizer = optimizers.make_optimizer(policy, config, accelerator)
     copied = parallel.samplable(model, accelerator) if run.sampler_name == "torch" else None

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -44,10 +44,18 @@ def attention(module, query, key, value, attention_mask, scaling=None, **kwargs)
 AttentionInterface.register(ATTENTION, attention)
 
 
-def make_room(cache) -> None:
-    """Lets the cache of a model grow in place. Models with other kinds of memory keep their own."""
-    if type(cache) is DynamicCache:
-        cache.layers = [GrowingLayer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+def take_rows(cache, rows: torch.Tensor) -> None:
+    """Row i of the cache becomes what row `rows[i]` was, and keys and values grow in place from now on.
+
+    Layers with other kinds of memory, such as windows or the states of recurrent layers, keep their own ways.
+    """
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is GrowingLayer:
+            layer.batch_select_indices(rows)
+        else:
+            layer.reorder_cache(rows)
+        if type(layer) is DynamicLayer:
+            cache.layers[i] = GrowingLayer(layer)
 
 
 def close_gaps(stopped: torch.Tensor) -> torch.Tensor:

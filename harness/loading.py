@@ -20,11 +20,11 @@ from accelerate.utils import (
     FullyShardedDataParallelPlugin,
     parse_flag_from_env,
 )
-from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from harness import memory, trackers
+from harness.model_checks import check_positions, switch_off_noise
 from harness.prompts import Problem, evaluation_problems
 from harness.run_folder import RunFolder
 from harness.settings import HERE, Config, UsageError
@@ -70,6 +70,7 @@ def load(config: Config) -> Run:
     name = str(checkpoint or config.model)
     model_config = load_model_config(name, config.trust_remote_code)
     check_window(model_config, config)
+    check_positions(model_config, config)
     sampler = choose_sampler(config, model_config, accelerator.device)
     memory.check_memory(model_config, config, accelerator, sampler == "vllm")
     model, tokenizer = load_model(name, config.gradient_checkpointing, config.trust_remote_code)
@@ -88,8 +89,10 @@ def local_name(name: str) -> str:
 def readable_errors(name: str):
     try:
         yield
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
+    except UsageError:
+        raise
+    except Exception as error:  # of any kind: files, networks, and code that reads what anyone wrote
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         if "trust_remote_code" in str(error):
             raise UsageError(
                 f"model {name!r} brings Python code of its own: read it, and if you trust it --trust_remote_code true"
@@ -110,7 +113,26 @@ def load_model_config(name: str, trust_remote_code: bool = False):
     with readable_errors(name):
         if config_file.is_file() and json.loads(config_file.read_text()).get("model_type") == "mathformer":
             import_module("mathformer")  # registers the architecture
-        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        if name.endswith(".gguf") or (not config_file.exists() and any(Path(name).glob("*.gguf"))):
+            raise UsageError(f"model {name!r} is in GGUF, for inference alone: give the model that it was made from")
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    check_kind(name, config)
+    return config
+
+
+def check_kind(name: str, config) -> None:
+    """Raises UsageError for a model whose weights cannot be trained, or that is no causal language model."""
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        raise UsageError(
+            f"model {name!r} is quantised ({method}), and its weights cannot be trained: "
+            "give the model that it was made from"
+        )
+    ours = type(config).__module__.startswith("transformers.")  # and not code that came with the model
+    unknown = ours and type(config) not in transformers.AutoModelForCausalLM._model_mapping
+    if unknown or config.is_encoder_decoder:
+        raise UsageError(f"model {name!r} is a {config.model_type}: here, causal language models are trained")
 
 
 def load_model(name: str, gradient_checkpointing: bool = False, trust_remote_code: bool = False):
@@ -128,11 +150,7 @@ def load_model(name: str, gradient_checkpointing: bool = False, trust_remote_cod
         misfits += [f"{key} is {list(a)}, not {list(b)}" for key, a, b in sorted(report["mismatched_keys"])]
         if misfits:  # these would be random numbers
             raise ValueError(f"its weights do not fit its config.json: {misfits[0]}, and {len(misfits) - 1} more.")
-    for module in model.modules():  # with dropout, the policy that is trained would not be the one that was sampled
-        for setting, value in list(vars(module).items()):
-            is_dropout = "drop" in setting or (setting == "p" and isinstance(module, nn.modules.dropout._DropoutNd))
-            if is_dropout and isinstance(value, float):
-                setattr(module, setting, 0.0)
+    switch_off_noise(model)
     if gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise UsageError(f"gradient_checkpointing is not there for {type(model).__name__}: leave it off")
@@ -166,13 +184,33 @@ def find_eos(model, tokenizer) -> list[int]:
     for ids in (model.generation_config.eos_token_id, model.config.eos_token_id):  # vLLM stops at the latter's too
         named |= set(ids if isinstance(ids, list) else [ids])
     named -= {None}
-    eos = {token for token in named if token < model.get_input_embeddings().num_embeddings}
+    # the table of embeddings is often larger than the vocabulary: what is padding there is never written
+    known = min(model.get_input_embeddings().num_embeddings, len(tokenizer))
+    eos = {token for token in named if token < known}
+    turn_end = end_of_turn(tokenizer)
+    if turn_end is not None and turn_end < known and turn_end not in eos:
+        text = tokenizer.convert_ids_to_tokens(turn_end)
+        print(f"{text} ends a turn in this model's chat template, so it ends an answer too")
+        eos.add(turn_end)
     if not eos:
         raise UsageError(
             "neither the tokenizer nor the generation config of this model names an end-of-sequence token that the "
             "model has: no answer would ever end. Set eos_token_id in its generation_config.json"
         )
     return sorted(eos)
+
+
+def end_of_turn(tokenizer) -> int | None:
+    """The special token with which the chat template ends an answer, if there is one."""
+    if not tokenizer.chat_template:
+        return None
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
+    try:
+        behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("ANSWER")[2]
+    except Exception:  # a template that takes no such turns names no end of them; a task that needs it is refused
+        return None
+    ids = tokenizer(behind.lstrip(), add_special_tokens=False)["input_ids"]
+    return ids[0] if ids and ids[0] in tokenizer.all_special_ids else None
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -253,12 +291,3 @@ def choose_sampler(config: Config, model_config, device: torch.device) -> str:
         if not platform.is_cpu() and device.type == "cpu":
             raise UsageError("sampler is vllm, and this build of vLLM needs a GPU, but there is none: --sampler torch")
     return config.sampler
-
-
-@torch.no_grad()
-def check_logits(model: nn.Module, prompt: list[int], output_logits) -> None:
-    """Refuses models that change their logits behind the output head: `output_logits` would train other ones."""
-    ids = torch.tensor([prompt[:64]])
-    own, ours = model(ids).logits.float(), output_logits(model, model.base_model(ids).last_hidden_state)
-    if not torch.allclose(own, ours, atol=1e-2):
-        raise UsageError(f"{type(model).__name__} scales or caps its logits behind the output head: not supported yet")

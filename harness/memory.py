@@ -22,6 +22,16 @@ LOGITS_CHUNK = 2048  # tokens whose logits exist at the same time: 16k tokens of
 CUDA_ITSELF, VLLM_REST = 0.6e9, 3e9  # bytes: the context of CUDA; vLLM's CUDA graphs and workspace. Not measured
 
 
+def size_of(config, name: str, otherwise: int) -> int:
+    """A size in a config; the largest, if it differs by layer; `otherwise`, if there is none."""
+    try:
+        found = getattr(config, name, None)
+    except RuntimeError:  # what transformers raises then
+        found = [getattr(layer, name, None) for layer in config.per_layer_config]
+    sizes = [size for size in (found if isinstance(found, list) else [found]) if size]
+    return max(sizes, default=otherwise)
+
+
 class Shape(NamedTuple):
     """The sizes of a decoder-only transformer that decide its memory."""
 
@@ -41,18 +51,19 @@ class Shape(NamedTuple):
         c = model_config.get_text_config()
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(model_config)
-        heads = c.num_attention_heads
-        width = getattr(c, "head_dim", None) or c.hidden_size // heads
-        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        hidden = c.hidden_size
+        heads = size_of(c, "num_attention_heads", 1)
+        width = size_of(c, "head_dim", hidden // heads)
+        ends = [m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
         return cls(
             parameters=sum(p.numel() for p in model.parameters()),
             layers=c.num_hidden_layers,
-            hidden=c.hidden_size,
+            hidden=hidden,
             queries=heads * width,
-            keys_values=2 * (getattr(c, "num_key_value_heads", None) or heads) * width,
-            mlp=getattr(c, "intermediate_size", None) or 4 * c.hidden_size,
+            keys_values=2 * size_of(c, "num_key_value_heads", heads) * width,
+            mlp=size_of(c, "intermediate_size", 4 * hidden),
             vocabulary=c.vocab_size,
-            embeddings=sum({id(m.weight): m.weight.numel() for m in ends}.values()),
+            embeddings=sum({id(weight): weight.numel() for weight in ends}.values()),
             normalises_queries=any(name.endswith("q_norm") for name, _ in model.named_modules()),
         )
 

@@ -4,7 +4,8 @@ import math
 import re
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
+from statistics import fmean
 from typing import Any
 
 import psutil
@@ -175,8 +176,9 @@ class Alarms:
 
     # symptom, after how many steps in a row, what to say
     SYMPTOMS = (
-        (lambda row: row["zero_advantage_groups"] == 1, 10,
-         "all groups have been dead for 10 steps: nothing is learned. All wrong: the policy has collapsed (go back to "
+        (lambda row: row["dead_lately"] >= 0.9, 1,
+         "of the last 10 steps' groups nine in ten, or more, were dead: little is learned. "
+         "All wrong: the policy has collapsed (go back to "
          "a checkpoint, with a lower lr), or the problems are too hard. All right: too easy. Right or wrong by prompt: "
          "a group's answers are all alike (temperature too low, top_k, top_p)"),
         (lambda row: row["truncated"] == 1, 10,
@@ -194,10 +196,13 @@ class Alarms:
 
     def __init__(self, updates: int):
         self.updates, self.counts = updates, Counter()  # optimizer steps in a step
+        self.dead = deque(maxlen=10)  # shares of dead groups, of the last steps
 
     def __call__(self, row: dict) -> list[str]:
         """The warnings of this step; a UsageError where going on makes no sense."""
         warnings = []
+        self.dead.append(row["zero_advantage_groups"])
+        row = row | {"dead_lately": fmean(self.dead) if len(self.dead) == self.dead.maxlen else 0.0}
         for i, (shows, patience, text) in enumerate(self.SYMPTOMS):
             self.counts[i] = self.counts[i] + 1 if shows(row) or self.counts[i] >= patience else 0
             if self.counts[i] == patience:

@@ -56,11 +56,12 @@ class OffloadedAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure=None):
         for p, weight in zip(self.on_card, self.float32_weights, strict=True):
-            weight.grad = p.grad.cpu().float()
+            weight.grad = None if p.grad is None else p.grad.cpu().float()  # None: frozen, or not used
         super().step()
         for p, weight in zip(self.on_card, self.float32_weights, strict=True):
-            weight.grad = None
-            p.copy_(weight)
+            if weight.grad is not None:
+                weight.grad = None
+                p.copy_(weight)
 
     def zero_grad(self, set_to_none: bool = True):
         for p in self.on_card:
@@ -80,8 +81,7 @@ def make_8bit(policy: nn.Module, settings: dict) -> torch.optim.Optimizer:
         def step(self, closure=None):
             for group in self.param_groups:
                 group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32)
-            first = self.state.get(self.param_groups[0]["params"][0])
-            torch.manual_seed(int(first["step"]) if first else 0)
+            torch.manual_seed(max((int(state["step"]) for state in self.state.values() if state), default=0))
             super().step()
 
     return StochasticAdamW8bit(policy.parameters(), bf16_stochastic_round=True, **settings)

@@ -1,10 +1,12 @@
 """Between the task and the model: problems drawn and encoded, completions judged, all of it checked."""
 
+import itertools
 import math
 import random
 import threading
 import time
 from contextlib import contextmanager
+from functools import cache
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -21,25 +23,102 @@ class Problem(NamedTuple):
     example: dict
     prompt: str
     ids: list[int]
+    begun: str = ""  # the beginning of the answer, if the prompt has it: it is judged with the completion
 
 
-def encode_prompt(tokenizer, task, example: dict) -> tuple[str, list[int]]:
-    """The prompt as text and as token ids; chat messages go through the model's chat template, text through nothing."""
-    prompt = task.prompt(example)
-    is_chat = not isinstance(prompt, str)
-    if is_chat:
+@contextmanager
+def of_the_task(task, call: str):
+    """Whatever is raised in anyone's code becomes one line that says where."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"{type(task).__name__}.{call} raised {type(error).__name__}: {error}") from error
+
+
+def checked_example(task, call: str, example) -> dict:
+    if not isinstance(example, dict):
+        raise UsageError(f"{type(task).__name__}.{call} must give problems, which are dicts, but gave {example!r}")
+    return example
+
+
+def is_chat(prompt) -> bool:
+    """Whether it is a list of messages, each with text as its role and its content."""
+    keys = ("role", "content")
+    return isinstance(prompt, list) and bool(prompt) and all(
+        isinstance(m, dict) and all(isinstance(m.get(key), str) for key in keys) for m in prompt
+    )  # fmt: skip
+
+
+def render(tokenizer, messages: list[dict], **more) -> str:
+    """The messages through the model's chat template; a system message that it refuses goes into the user's turn."""
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **more)
+    except Exception as error:  # jinja2's, and whatever a template raises
+        if len(messages) > 1 and messages[0]["role"] == "system" and messages[1]["role"] == "user":
+            both = f"{messages[0]['content']}\n\n{messages[1]['content']}"
+            rendered = render(tokenizer, [{"role": "user", "content": both}, *messages[2:]], **more)
+            say_once("this model's chat template takes no system message: it goes into the user's turn")
+            return rendered
+        raise UsageError(f"the model's chat template cannot be used: {type(error).__name__}: {error}") from error
+
+
+@cache
+def say_once(note: str) -> None:
+    print(note)
+
+
+def encode_prompt(tokenizer, task, example: dict) -> tuple[str, list[int], str]:
+    """The prompt as text and as token ids, and what of it is the beginning of the answer.
+
+    Chat messages go through the model's chat template, text through nothing. The answer begins where the template ends
+    with `<think>`, as those of some reasoning models do, or with the task's `prefill`.
+    """
+    with of_the_task(task, "prompt()"):
+        prompt, prefill = task.prompt(example), getattr(task, "prefill", "")
+    if not isinstance(prompt, str) and not is_chat(prompt):
+        raise UsageError(
+            f"{type(task).__name__}.prompt() must give a text, or a list of messages like "
+            f"{{'role': 'user', 'content': 'text'}}, but gave {prompt!r}"
+        )
+    in_chat, opened = not isinstance(prompt, str), ""
+    if in_chat:
         if not tokenizer.chat_template:
             raise UsageError(
                 "the task gives chat messages, but this model's tokenizer has no chat template: "
                 "take a chat (instruct) model, or let prompt() return a string"
             )
-        prompt = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    prompt += getattr(task, "prefill", "")
+        prompt = render(tokenizer, prompt, add_generation_prompt=True)
+        if prompt.rstrip().endswith("<think>"):
+            opened, prefill = prompt[prompt.rindex("<think>") :], prefill.replace("<think>", "")
+    prompt += prefill
     # a chat template writes the special tokens itself; plain text gets those that the tokenizer always adds
-    ids = tokenizer(prompt, add_special_tokens=not is_chat)["input_ids"]
+    ids = tokenizer(prompt, add_special_tokens=not in_chat)["input_ids"]
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if not in_chat and ids[:2] == [bos, bos]:  # the text has its own
+        ids = ids[1:]
+    if not in_chat and len(ids) > 1 and ids[-1] == eos and not prompt.endswith(tokenizer.eos_token):
+        ids = ids[:-1]  # some tokenizers end every text: there would be nothing to go on with
     if not ids:
         raise UsageError(f"the prompt of {example!r} is empty: there is no token to go on from")
-    return prompt, ids
+    return prompt, ids, opened + prefill
+
+
+def written_text(tokenizer, rollout) -> str:
+    """What the model wrote, special tokens included, except the end-of-sequence token.
+
+    An id that the tokenizer does not have is shown as such. Left to itself it would vanish: 7, an unknown id and 2
+    would be judged as 72.
+    """
+    ids = rollout.completion_ids if rollout.truncated else rollout.completion_ids[:-1]
+    if max(ids, default=0) < len(tokenizer):
+        return tokenizer.decode(ids)
+    runs = itertools.groupby(ids, key=lambda token: token < len(tokenizer))
+    return "".join(
+        tokenizer.decode(list(run)) if known else "".join(f"<unknown token {token}>" for token in run)
+        for known, run in runs
+    )
 
 
 def draw_prompts(task, tokenizer, config: Config, step: int, attempt: int = 0) -> tuple[list[Problem], int]:
@@ -50,7 +129,8 @@ def draw_prompts(task, tokenizer, config: Config, step: int, attempt: int = 0) -
     rng = random.Random(f"{config.seed}/{step}" + (f"/{attempt}" if attempt else ""))
     drawn, too_long = [], 0
     while len(drawn) < config.prompts_per_step:
-        example = task.train(rng, step)
+        with of_the_task(task, "train()"):
+            example = checked_example(task, "train()", task.train(rng, step))
         problem = Problem(example, *encode_prompt(tokenizer, task, example))
         if len(problem.ids) <= config.max_prompt_tokens:
             drawn.append(problem)
@@ -114,7 +194,12 @@ def judge(task, text: str, problem: Problem) -> dict:
 
 def evaluation_problems(task, tokenizer, config: Config) -> list[Problem]:
     """The evaluation problems whose prompts fit; checks the task and the lengths on the way, before any long work."""
-    problems = [Problem(example, *encode_prompt(tokenizer, task, example)) for example in task.eval()]
+    with of_the_task(task, "eval()"):
+        examples = task.eval()
+        examples = [checked_example(task, "eval()", example) for example in examples]
+    if not examples:
+        raise UsageError(f"{type(task).__name__}.eval() gave no problems: there is nothing to evaluate on")
+    problems = [Problem(example, *encode_prompt(tokenizer, task, example)) for example in examples]
     fitting = [problem for problem in problems if len(problem.ids) <= config.max_prompt_tokens]
     if not fitting:
         shortest = min((len(problem.ids) for problem in problems), default=0)

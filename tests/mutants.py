@@ -65,7 +65,7 @@ PITFALLS = [
             "lengths[unfinished[stopped]] = t + 1", "lengths[unfinished[stopped]] = t"),
     pitfall(10, "the prompt's last token is in the loss", "Policy.forward",
             "prompt_lengths[:, None] - 1", "prompt_lengths[:, None] - 2"),
-    pitfall(11, "dropout left on", "load_model", "setattr(module, setting, 0.0)", "None"),
+    pitfall(11, "dropout left on", "load_model", "switch_off_noise(model)", "None"),
     pitfall(12, "greedy where top_k is 0", "TorchSampler._generate",
             "if temperature > 0:\n    token = torch.multinomial(all_logps.exp(), 1, generator=self.generator)\n"
             "else:\n    token = all_logps.argmax(-1, keepdim=True)",
@@ -243,11 +243,11 @@ FURTHER = [
     mutant("test_models.py::test_special_tokens_are_added_once", "special tokens in front of a prefix", "complete",
            'tokenizer(prefix, add_special_tokens=False)["input_ids"]', 'tokenizer(prefix)["input_ids"]'),
     mutant("test_models.py::test_special_tokens_are_added_once", "special tokens twice in a chat", "encode_prompt",
-           "not is_chat", "True"),
+           "tokenizer(prompt, add_special_tokens=not in_chat)", "tokenizer(prompt)"),
     mutant("test_models.py::test_an_output_head_with_a_bias_is_used_whole", "the head's bias left out", "output_logits",
            "None if head.bias is None else head.bias.float()", "None"),
-    mutant("test_run.py::test_a_model_that_caps_its_logits_is_refused_before_any_work", "logits are not checked", "setup",
-           "loading.check_logits(model, run.problems[0].ids, output_logits)", "None"),
+    mutant("test_run.py::test_a_model_that_is_not_causal_is_refused_before_any_work", "logits are not checked", "setup",
+           "check_model(run, Policy, TorchSampler)", "None"),
     mutant("test_run.py::test_a_reference_has_the_precision_of_the_weights", "a reference in float32 always", "setup",
            "reference.to(next(run.policy.parameters()).dtype)", "None"),
     setting("temperature", "a reference without the temperature", "setup", "Policy(start, config.temperature)",
@@ -472,4 +472,39 @@ FIRST_MINUTES = [
            "a data set's name is left to the Hub", "load_rows", 'check_local(dataset, "data set")', "None"),
 ]  # fmt: skip
 
-MUTANTS = PITFALLS + WIRING + FURTHER + SEAMS + ONE_PAGE + FIRST_MINUTES
+
+
+def unproven(test: str, mistake: str, where: str, old: str, new: str) -> Mutant:
+    return Mutant(mistake, where, old, new, (f"tests/test_architectures.py::{test}",))
+
+
+SPOILT = "test_a_model_that_is_not_as_it_must_be_is_refused"
+SCALED = "test_noise_is_off_and_heads_are_scaled_as_the_config_says"
+MODELS = [
+    unproven(SCALED, "routers keep their noise", "switch_off_noise", '"jitter" in setting', "False"),
+    unproven(SCALED, "logits are not scaled", "scaled_and_capped", "logits if scale == 1 else logits * scale", "logits"),
+    unproven(SCALED, "logits are not capped", "scaled_and_capped", "(logits / cap).tanh() * cap if cap else logits",
+             "logits"),
+    unproven(SCALED, "Granite's scale the wrong way", "scale_and_cap",
+             'scale / (getattr(text, "logits_scaling", None) or 1.0)',
+             'scale * (getattr(text, "logits_scaling", None) or 1.0)'),
+    unproven(SPOILT, "weights that are not finite pass", "check_model",
+             "all(row.isfinite().all() for row in own)", "True"),
+    unproven(SPOILT, "ids that the model does not have pass", "check_model", "max(rows[0]) >= vocabulary", "False"),
+    unproven(SPOILT, "a head that is changed passes", "check_model", "far(own, alone)", "False"),
+    unproven(SPOILT, "a model that is not causal passes", "check_model", "far(own, together)", "False"),
+    unproven("test_noise_that_cannot_be_switched_off_is_refused", "noise in training passes", "check_model",
+             "far(own, training)", "False"),
+    unproven("test_a_run_from_a_folder_of_this_architecture", "a cache of another kind passes", "check_model",
+             'run.sampler_name != "torch"', "True"),
+    unproven("test_what_torch_cannot_sample_may_be_left_to_vllm", "torch is asked where vLLM samples", "check_model",
+             'run.sampler_name != "torch"', "False"),
+    unproven("test_a_run_from_a_folder_of_this_architecture", "states of recurrent layers stay with their rows", "take_rows",
+             "layer.reorder_cache(rows)", "layer.reorder_cache(rows) if type(layer) is DynamicLayer else None"),
+    unproven("test_positions_that_depend_on_the_batch_are_refused", "positions are not looked at", "check_positions",
+             'rope.get("rope_type") in ("longrope", "dynamic") and longest > original', "False"),
+    unproven("test_a_run_from_a_folder_of_this_architecture", "sizes that differ by layer", "size_of",
+             "[getattr(layer, name, None) for layer in config.per_layer_config]", "config.per_layer_config[0].none"),
+]
+
+MUTANTS = PITFALLS + WIRING + FURTHER + SEAMS + ONE_PAGE + FIRST_MINUTES + MODELS

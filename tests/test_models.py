@@ -123,7 +123,7 @@ def test_special_tokens_are_added_once(prompt):
     start = tokenizer.convert_tokens_to_ids("<pad>")
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<pad> $A", special_tokens=[("<pad>", start)])
     tokenizer.chat_template = "<pad>" + tokenizer.chat_template
-    text, ids = encode_prompt(tokenizer, Asks(), {})
+    text, ids, _ = encode_prompt(tokenizer, Asks(), {})
     assert ids[0] == start and ids.count(start) == 1
     assert tokenizer.decode(ids[1:]) == text.removeprefix("<pad>") == (prompt if isinstance(prompt, str) else text[5:])
     # nor does a prefix of the answer get any
@@ -154,5 +154,6 @@ def test_an_output_head_with_a_bias_is_used_whole():
 def test_end_tokens_that_the_model_does_not_have_are_left_out(tmp_path):
     model, tokenizer = loading.load_model(save_model(tmp_path, "qwen2.5", byte_tokenizer()))
     n = model.get_input_embeddings().num_embeddings
-    model.generation_config.eos_token_id, model.config.eos_token_id = [7, n - 1, n], 3
-    assert loading.find_eos(model, tokenizer) == [tokenizer.eos_token_id, 3, 7, n - 1]
+    assert n > len(tokenizer)  # the rest is padding, which no token of the tokenizer has
+    model.generation_config.eos_token_id, model.config.eos_token_id = [7, len(tokenizer), n - 1, n], 3
+    assert loading.find_eos(model, tokenizer) == [tokenizer.eos_token_id, 3, 7]

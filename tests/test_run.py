@@ -788,18 +788,16 @@ def test_a_run_limits_its_threads(run, monkeypatch):
     assert sum(p.numel() for p in model.parameters()) < loading.SINGLE_THREADED and not model.training
 
 
-def test_a_model_that_caps_its_logits_is_refused_before_any_work(tokenizer, tmp_path):
+def test_a_model_that_is_not_causal_is_refused_before_any_work(tokenizer, tmp_path):
     torch.manual_seed(0)
-    shape = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1, head_dim=8)
-    config = transformers.Gemma2Config(
-        **shape, num_attention_heads=4, num_key_value_heads=2, final_logit_softcapping=0.1, initializer_range=0.4
-    )
-    transformers.Gemma2ForCausalLM(config).save_pretrained(tmp_path / "capped")
-    tokenizer.save_pretrained(tmp_path / "capped")
-    with pytest.raises(grpo.UsageError, match="Gemma2ForCausalLM scales or caps its logits"):
+    shape = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1)
+    config = transformers.BertConfig(**shape, num_attention_heads=4, max_position_embeddings=1024)
+    transformers.BertLMHeadModel(config).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    with pytest.raises(grpo.UsageError, match="the logits of BertLMHeadModel are not those of one linear head"):
         small = dict(steps=0, eval_samples=1, max_completion_tokens=2, task_args=SMALL_TASK, prompts_per_step=1)
         runs = str(tmp_path / "runs")
-        grpo.train(grpo.Config(model=str(tmp_path / "capped"), task="arithmetic", runs=runs, **small))
+        grpo.train(grpo.Config(model=str(tmp_path / "bert"), task="arithmetic", runs=runs, **small))
     assert not (tmp_path / "runs").exists()
 
 

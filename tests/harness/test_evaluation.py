@@ -154,9 +154,9 @@ def test_prefill_is_prompted_and_judged(tokenizer, make_config):
     task = FakeTask()
     task.prefill = "12"
     example = {"x": 4}
-    prompt, ids = encode_prompt(tokenizer, task, example)
-    assert prompt == "<sos>412" and ids == tokenizer("<sos>412")["input_ids"]
-    problems = [Problem(example, prompt, ids)]
+    prompt, ids, begun = encode_prompt(tokenizer, task, example)
+    assert prompt == "<sos>412" and ids == tokenizer("<sos>412")["input_ids"] and begun == "12"
+    problems = [Problem(example, prompt, ids, begun)]
     rollouts = grpo.complete(FakeSampler(), tokenizer, task, problems, 1, make_config().sampling, 0, prefix="(")
     assert rollouts[0].text == "12(00" and rollouts[0].prompt_ids == ids + tokenizer("(")["input_ids"]
 
@@ -170,7 +170,7 @@ def test_chat_messages_go_through_the_template(tokenizer):
         "<sos>{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
     )
     try:
-        prompt, ids = encode_prompt(tokenizer, task, {})
+        prompt, ids, _ = encode_prompt(tokenizer, task, {})
     finally:
         tokenizer.chat_template = None
     assert prompt == "<sos>1+1=" and ids == tokenizer("<sos>1+1=")["input_ids"]

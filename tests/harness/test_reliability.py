@@ -246,7 +246,6 @@ HEALTHY |= dict(nonfinite_updates=0, skipped_updates=0)
 @pytest.mark.parametrize(
     "symptom, patience, said",
     [
-        (dict(zero_advantage_groups=1.0), 10, "all groups have been dead"),
         (dict(truncated=1.0), 10, "all completions have been cut off"),
         (dict(kl_ref=1.5), 3, "far from the reference"),
         (dict(sampler_logp_gap=0.06), 1, "by more than rounding"),
@@ -261,6 +260,19 @@ def test_each_alarm_is_given_once_after_its_patience(symptom, patience, said):
     given = [alarms(HEALTHY | symptom) for _ in range(patience + 20)]
     assert [len(texts) for texts in given] == [0] * (patience - 1) + [1] + [0] * 20
     assert said in given[patience - 1][0]
+
+
+@pytest.mark.parametrize(
+    "shares, at",
+    [([1.0] * 12, 10), ([0.5] * 5 + [1.0] * 12, 13), ([1.0, 0.8] * 8, 10), ([0.9, 0.8] * 10, None), ([1.0] * 9, None)],
+)
+def test_the_alarm_of_dead_groups_looks_at_ten_steps_together(shares, at):
+    """Streaks are broken by chance: 39 of 60 steps without a live group, in streaks of 7, once went unseen."""
+    alarms = Alarms(1)
+    given = [alarms(HEALTHY | dict(zero_advantage_groups=share)) for share in shares]
+    said = [step for step, texts in enumerate(given, 1) if texts]
+    assert said == ([at] if at else [])
+    assert all("of the last 10 steps' groups nine in ten" in given[step - 1][0] for step in said)
 
 
 def test_alarms_take_what_was_not_measured():
@@ -280,7 +292,7 @@ def test_a_warning_reaches_the_terminal_of_a_run(run, capsys, monkeypatch):
     judge = grpo.judge
     monkeypatch.setattr(grpo, "judge", lambda *args: judge(*args) | {"reward": 1.0})
     run(steps=12)
-    assert capsys.readouterr().out.count("step 10: all groups have been dead for 10 steps") == 1
+    assert capsys.readouterr().out.count("step 10: of the last 10 steps' groups nine in ten") == 1
 
 
 # Rewards
