@@ -163,7 +163,15 @@ def watched(argv: list[str], sampler_off: float, patch: pytest.MonkeyPatch) -> S
     """Runs `python grpo.py ARGV`. `sampler_off` is added to the sampler's log-probs, as if it were not the policy."""
     rollouts, passes, sampled, dtypes, layers, printed, moved = [], [], [], set(), [0], [], []
     update, forward, generate = grpo.update, grpo.Policy.forward, grpo.TorchSampler.generate
-    _generate, to, train = grpo.TorchSampler._generate, grpo.Policy.to, grpo.train
+    _generate, to, train, check = grpo.TorchSampler._generate, grpo.Policy.to, grpo.train, grpo.check_model
+    checked = []
+
+    def watch_check(*args):  # its passes are not the run's
+        check(*args)
+        checked.append(True)
+        for seen in (passes, sampled, dtypes):
+            seen.clear()
+        layers[0] = 0
 
     def watch_update(policy, optimizer, accelerator, of_step, *args):
         rollouts.append(copy.deepcopy(of_step))
@@ -175,7 +183,8 @@ def watched(argv: list[str], sampler_off: float, patch: pytest.MonkeyPatch) -> S
 
     def watch_generate(self, prompts, group_size, sampling, seed):
         found = generate(self, prompts, group_size, sampling, seed)
-        return [sample._replace(logps=[logp + sampler_off for logp in sample.logps]) for sample in found]
+        off = sampler_off if checked else 0.0
+        return [sample._replace(logps=[logp + off for logp in sample.logps]) for sample in found]
 
     def watch_rows(self, prompts, group_size, *args):
         sampled.append(len(prompts) * group_size)
@@ -189,6 +198,7 @@ def watched(argv: list[str], sampler_off: float, patch: pytest.MonkeyPatch) -> S
         layers[0] += type(module).__name__ in ("MLP", "Qwen3MLP") and module.training
 
     found = {}
+    patch.setattr(grpo, "check_model", watch_check)
     patch.setattr(grpo, "update", watch_update)
     patch.setattr(grpo.Policy, "forward", watch_forward)
     patch.setattr(grpo.Policy, "to", lambda self, *args: (moved.append(args), to(self, *args))[1])
