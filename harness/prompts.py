@@ -34,12 +34,17 @@ def of_the_task(task, call: str):
     except UsageError:
         raise
     except Exception as error:
-        raise UsageError(f"{type(task).__name__}.{call} raised {type(error).__name__}: {error}") from error
+        raise UsageError(f"{type(task).__name__}.{call} raised {in_a_line(error)}") from error
+
+
+def in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def checked_example(task, call: str, example) -> dict:
     if not isinstance(example, dict):
-        raise UsageError(f"{type(task).__name__}.{call} must give problems, which are dicts, but gave {example!r}")
+        given = shortened(example)
+        raise UsageError(f"{type(task).__name__}.{call} must give problems, which are dicts, but gave {given}")
     return example
 
 
@@ -61,7 +66,7 @@ def render(tokenizer, messages: list[dict], **more) -> str:
             rendered = render(tokenizer, [{"role": "user", "content": both}, *messages[2:]], **more)
             say_once("this model's chat template takes no system message: it goes into the user's turn")
             return rendered
-        raise UsageError(f"the model's chat template cannot be used: {type(error).__name__}: {error}") from error
+        raise UsageError(f"the model's chat template cannot be used: {in_a_line(error)}") from error
 
 
 @cache
@@ -80,7 +85,7 @@ def encode_prompt(tokenizer, task, example: dict) -> tuple[str, list[int], str]:
     if not isinstance(prompt, str) and not is_chat(prompt):
         raise UsageError(
             f"{type(task).__name__}.prompt() must give a text, or a list of messages like "
-            f"{{'role': 'user', 'content': 'text'}}, but gave {prompt!r}"
+            f"{{'role': 'user', 'content': 'text'}}, but gave {shortened(prompt)}"
         )
     in_chat, opened = not isinstance(prompt, str), ""
     if in_chat:
@@ -101,7 +106,7 @@ def encode_prompt(tokenizer, task, example: dict) -> tuple[str, list[int], str]:
     if not in_chat and len(ids) > 1 and ids[-1] == eos and not prompt.endswith(tokenizer.eos_token):
         ids = ids[:-1]  # some tokenizers end every text: there would be nothing to go on with
     if not ids:
-        raise UsageError(f"the prompt of {example!r} is empty: there is no token to go on from")
+        raise UsageError(f"the prompt of {shortened(example)} is empty: there is no token to go on from")
     return prompt, ids, opened + prefill
 
 
@@ -171,6 +176,29 @@ class Patience:
 PATIENCE = Patience()
 
 
+def plain(value):
+    """A number of numpy or torch as one of Python; anything else as it is."""
+    try:
+        return value.item() if hasattr(value, "item") else value
+    except (TypeError, ValueError, RuntimeError):  # an array of several
+        return value
+
+
+def is_finite(number: int | float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an integer beyond what a float can be
+        return False
+
+
+def shortened(value) -> str:
+    try:
+        text = " ".join(repr(value).split())
+    except Exception as error:  # anyone's object, or an integer that Python does not print
+        return f"of type {type(value).__name__} ({type(error).__name__})"
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
 def judge(task, text: str, problem: Problem) -> dict:
     """What the task's reward() returns for `text`; a UsageError that names the completion if that is unusable."""
     where = f"{type(task).__name__}.reward() for the prompt {problem.prompt!r} and the completion {text!r}"
@@ -178,15 +206,18 @@ def judge(task, text: str, problem: Problem) -> dict:
         with PATIENCE.waiting_for(where):
             parts = task.reward(text, problem.example)
     except Exception as error:  # the task may be anyone's code: say which completion it failed on
-        raise UsageError(f"{where} raised {type(error).__name__}: {error}") from error
+        raise UsageError(f"{where} raised {in_a_line(error)}") from error
     if not isinstance(parts, dict) or any(key not in parts for key in REWARD_KEYS):
-        raise UsageError(f"{where} must be a dict with the keys {', '.join(REWARD_KEYS)}, but is {parts!r}")
+        raise UsageError(f"{where} must be a dict with the keys {', '.join(REWARD_KEYS)}, but is {shortened(parts)}")
     if taken := sorted(parts.keys() & RESERVED):
         raise UsageError(f"{where} gives {', '.join(taken)}: the run's own figures have that name, choose another")
-    parts = {key: value.item() if hasattr(value, "item") else value for key, value in parts.items()}  # numpy, torch
+    parts = {str(key): plain(value) for key, value in parts.items()}
     for key in ("reward", "correct", "format"):
-        if not is_number(parts[key]) or not math.isfinite(parts[key]):
-            raise UsageError(f"{where} gives the {key} {parts[key]!r}, which is no finite number")
+        if not is_number(parts[key]) or not is_finite(parts[key]):
+            raise UsageError(f"{where} gives the {key} {shortened(parts[key])}, which is no finite number")
+    for key, value in parts.items():
+        if isinstance(value, int) and not is_finite(value):
+            raise UsageError(f"{where} gives the {key} {shortened(value)}, which is too large to be averaged")
     if parts["correct"] not in (0, 1):
         raise UsageError(f"{where} gives the correct {parts['correct']!r}, which must be 0 or 1; parts go into reward")
     return parts
