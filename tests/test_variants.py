@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import trl
 from conftest import expected_loss, is_close, largest_difference, row_logps, updated
 from test_evaluation import FakeSampler, FakeTask
 
@@ -423,6 +422,7 @@ def trl_loss(logps, entropies, mask, old, ref, sampled, advantages, config) -> t
         completion_mask=mask, advantages=advantages[:, 0], old_per_token_logps=old, ref_per_token_logps=ref,
         num_items_in_batch=mask.sum(), importance_sampling_ratio=(old - sampled).exp().clamp(max=config.importance_cap),
     )  # fmt: skip
+    trl = pytest.importorskip("trl", reason="TRL needs Python 3.11")
     return trl.GRPOTrainer._compute_loss(trainer, None, inputs)
 
 
