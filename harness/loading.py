@@ -24,10 +24,11 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from harness import memory, trackers
+from harness.files import local_name
 from harness.model_checks import check_positions, switch_off_noise
 from harness.prompts import Problem, evaluation_problems
 from harness.run_folder import RunFolder
-from harness.settings import HERE, Config, UsageError
+from harness.settings import Config, UsageError
 from tasks import load_task
 from tasks.names import ask_the_hub_only_if_it_is_there
 
@@ -67,6 +68,9 @@ def load(config: Config) -> Run:
     accelerator = make_accelerator(config)
     folder = RunFolder(Path(config.resume), accelerator.is_main_process) if config.resume else None
     checkpoint = folder.newest_whole(config.steps) if folder else None
+    if folder and (config.kl_coef > 0 or not checkpoint):  # the reference is the model of the beginning
+        with readable_errors(config.model):
+            folder.check_base(config.model)
     name = str(checkpoint or config.model)
     model_config = load_model_config(name, config.trust_remote_code)
     check_window(model_config, config)
@@ -78,11 +82,6 @@ def load(config: Config) -> Run:
     problems, eos_ids = evaluation_problems(task, tokenizer, config), find_eos(model, tokenizer)
     source = local_name(name)
     return Run(accelerator, task, source, model, tokenizer, problems, eos_ids, sampler, folder, checkpoint)
-
-
-def local_name(name: str) -> str:
-    """A model's folder that comes with this file is found from anywhere."""
-    return str(HERE / name) if not Path(name).exists() and (HERE / name).exists() else name
 
 
 @contextmanager

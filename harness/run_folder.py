@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import time
-import zlib
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import fmean
@@ -22,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from harness import parallel
+from harness.files import checksum, checksums, checksums_of_model, sync_to_disk
 from harness.model_card import model_card
 from harness.optimizers import load_moments, packed_moments
 from harness.settings import CHANGEABLE_ON_RESUME, Config, UsageError
@@ -93,6 +93,8 @@ class RunFolder:
     def start(self, config: Config, step: int) -> None:
         """Called once everything is checked and loaded; `step` is the one that the run goes on from."""
         self.write_config(config)
+        if step == 0 and self.writes and not (self.path / "base.json").exists():
+            self.write_whole("base.json", json.dumps(checksums_of_model(config.model)))
         self.config, self.evaluations = config, self.read("eval.jsonl")
         self.trackers = Trackers(config if self.writes else dataclasses.replace(config, report_to=""), self.path, step)
 
@@ -215,6 +217,17 @@ class RunFolder:
             raise UsageError(f"{self.path} has no checkpoint that is whole: start a new run")
         return None
 
+    def check_base(self, name: str) -> None:
+        """Raises UsageError if the model under this name is not the one that the run began with."""
+        record = self.path / "base.json"
+        began = json.loads(record.read_text()) if record.exists() else None  # as in runs of older versions
+        if began is not None and (now := checksums_of_model(name)) != began:
+            changed = sorted(file for file in began.keys() | now.keys() if began.get(file) != now.get(file))
+            raise UsageError(
+                f"{name} is not the model that {self.path} began with: {', '.join(changed)} changed, and the run needs "
+                "it as it was. Put it back, or start a new run"
+            )
+
     def damage(self, checkpoint: Path) -> str:
         """What is wrong with it, if anything is."""
         try:
@@ -294,26 +307,3 @@ def whole_weights(model, optimizer) -> dict[str, torch.Tensor]:
 
 def as_line(row: dict) -> str:
     return json.dumps(row, ensure_ascii=False, default=str) + "\n"
-
-
-def checksums(folder: Path) -> dict[str, int]:
-    """Of all files in the folder and below, by their path from there."""
-    return {str(file.relative_to(folder)): checksum(file) for file in sorted(folder.rglob("*")) if file.is_file()}
-
-
-def sync_to_disk(path: Path) -> None:
-    """Waits until the file, or the folder's list of names, is on the disk and not only in the system's memory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def checksum(path: Path) -> int:
-    """CRC-32 of a file: against damage, not against malice."""
-    value = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            value = zlib.crc32(block, value)
-    return value

@@ -136,13 +136,23 @@ def verdict_row(dead, pass_1, pass_8, truncated=0.0, format=1.0):
         (verdict_row(0.9, 0.05, 0.3), "too few groups disagree"),
         (verdict_row(0.6, 0.3, 0.35), "too few groups disagree"),
         (verdict_row(0.9, 0.95, 0.99), "too easy"),
-        (verdict_row(0.3, 0.3, 0.7, truncated=0.9), "raise max_completion_tokens"),
-        (verdict_row(0.3, 0.3, 0.7, format=0.1), "right form"),
+        (verdict_row(0.3, 0.125, 0.5, truncated=0.5), "yes"),  # SmolLM2, which then learned
+        (verdict_row(0.3, 0.3, 0.7, truncated=0.5), "50% of the completions are cut off: raise max_completion_tokens"),
+        (verdict_row(0.3, 0.3, 0.7, truncated=0.95), "unlikely"),
+        (verdict_row(0.3, 0.3, 0.7, format=0.1), "yes"),
+        (verdict_row(0.3, 0.3, 0.7, format=0.1), "10% have the right form"),
+        (verdict_row(0.3, 0.3, 0.7, format=0.01), "unlikely"),
+        (verdict_row(0.9, 0.05, 0.3), "unlikely"),
+        (verdict_row(0.6, 0.3, 0.35), "unlikely"),
         (dict(verdict_row(1.0, 0.3, 0.3), pass_at_k={"1": 0.3}), "eval_samples of 4 or more"),
     ],
 )
 def test_verdict(row, said):
     assert said in verdict(row)
+
+
+def test_the_verdict_has_remarks_only_where_they_hold():
+    assert ";" not in verdict(verdict_row(0.3, 0.3, 0.7, truncated=0.3, format=0.2))
 
 
 def test_the_verdict_names_its_figures():

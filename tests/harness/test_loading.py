@@ -7,7 +7,7 @@ import torch
 import transformers
 
 import grpo
-from harness import loading
+from harness import files, loading
 from harness.loading import choose_sampler
 
 QWEN = transformers.Qwen2Config()
@@ -58,11 +58,11 @@ def test_bf16_on_a_card_without_it_is_refused(monkeypatch, make_config):
 def test_a_model_that_comes_with_the_project_is_found_from_anywhere(tmp_path, monkeypatch):
     here = Path(loading.__file__).resolve().parents[1]
     monkeypatch.chdir(tmp_path)
-    assert loading.local_name("mathformer/pretrained") == str(here / "mathformer" / "pretrained")
+    assert files.local_name("mathformer/pretrained") == str(here / "mathformer" / "pretrained")
     assert loading.load_model("mathformer/pretrained")[0].config.model_type == "mathformer"
-    assert loading.local_name("Qwen/Qwen2.5-0.5B") == "Qwen/Qwen2.5-0.5B"
+    assert files.local_name("Qwen/Qwen2.5-0.5B") == "Qwen/Qwen2.5-0.5B"
     (tmp_path / "mathformer" / "pretrained").mkdir(parents=True)  # what is here comes first
-    assert loading.local_name("mathformer/pretrained") == "mathformer/pretrained"
+    assert files.local_name("mathformer/pretrained") == "mathformer/pretrained"
 
 
 def test_the_hub_is_asked_aloud_and_only_for_what_is_not_here(capsys):

@@ -152,6 +152,20 @@ def test_where_all_checkpoints_are_damaged_nothing_is_overwritten(run):
     assert (stopped / "rollouts.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("kl_coef, step, refused", [(0.1, 4, True), (0.0, 4, False), (0.0, 0, True)])
+def test_a_run_goes_on_only_from_the_model_that_it_began_with(kl_coef, step, refused, run, tmp_path):
+    """It is the reference of a KL penalty, and where the run begins if there is no checkpoint."""
+    stopped = stopped_after(run(keep_last=3, kl_coef=kl_coef), step)
+    file = tmp_path / "model" / "model.safetensors"
+    before = file.read_bytes()
+    file.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    if refused:
+        with pytest.raises(grpo.UsageError, match="is not the model that .* began with: model.safetensors changed"):
+            resume(stopped)
+        file.write_bytes(before)
+    resume(stopped)
+
+
 @contextmanager
 def full_disk(limit: int):
     """No file can grow over so many bytes: a real error of a real write, as on a full disk."""
