@@ -15,6 +15,7 @@ from harness.metrics import RESERVED, is_number
 from harness.settings import Config
 from harness.terminal import printable
 from tasks import REWARD_KEYS, UsageError
+from tasks.data import shortened
 
 
 class Problem(NamedTuple):
@@ -189,14 +190,6 @@ def is_finite(number: int | float) -> bool:
         return math.isfinite(number)
     except OverflowError:  # an integer beyond what a float can be
         return False
-
-
-def shortened(value) -> str:
-    try:
-        text = " ".join(repr(value).split())
-    except Exception as error:  # anyone's object, or an integer that Python does not print
-        return f"of type {type(value).__name__} ({type(error).__name__})"
-    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def judge(task, text: str, problem: Problem) -> dict:

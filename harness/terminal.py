@@ -43,9 +43,10 @@ def show_group(rollouts: list, token_weights, tokenizer, config: Config) -> None
     weights = token_weights(lengths, config.loss_weight, limit, total_rows=total_rows).tolist()
     first = next((i for i, r in enumerate(rollouts) if not r.dead), 0) // group_size * group_size
     print(f"one group, the completions of {printable(rollouts[first].prompt, 2000)}")
-    print("  (weight: of each of its tokens in the loss)\n  reward advantage    weight length  tokens")
+    print("  (weight: of each of its tokens in the loss)")
+    print("  reward advantage    weight length  tokens, with | between them")
     for r, weight in list(zip(rollouts, weights, strict=True))[first : first + group_size]:
-        tokens = printable(" ".join(tokenizer.convert_ids_to_tokens(r.completion_ids)), 2000)
+        tokens = printable("|".join(tokenizer.decode([token]) for token in r.completion_ids), 2000)
         print(f"  {r.reward:6.2f} {r.advantage:+9.3f} {weight:9.2e} {r.length:6d}  {tokens}")
 
 

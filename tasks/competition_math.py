@@ -80,11 +80,16 @@ class Math:
             raise ValueError(f"eval_size is {eval_size}, it must be 0 (for all) or more")
         wanted = {f"Level {level}" for level in levels}
         rows = load_rows(dataset, "train", ["problem", "solution", "level"])
-        self.rows = rows.filter(lambda level: level in wanted, input_columns="level")
-        if not len(self.rows):
-            found = ", ".join(sorted(set(rows["level"])))
-            raise ValueError(f"levels {list(levels)}: {dataset!r} has no such problem; its levels are {found}")
         tests = load_rows(eval_dataset, "test", ["problem", "answer"])
+        levels_of, problems = rows["level"], rows["problem"]
+        of_levels = [i for i, level in enumerate(levels_of) if level in wanted]
+        if not of_levels:
+            found = ", ".join(sorted(set(levels_of)))
+            raise ValueError(f"levels {list(levels)}: {dataset!r} has no such problem; its levels are {found}")
+        held_out = set(tests["problem"])
+        self.rows = rows.select([i for i in of_levels if problems[i] not in held_out])
+        if not len(self.rows):
+            raise ValueError(f"{dataset!r} has no problem that is not in {eval_dataset!r}")
         self.format_weight, self.unreadable = format_weight, set()
         examples = [self.example(row["problem"], row["answer"], f"${row['answer']}$") for row in tests]
         self.held_out = [example for example in examples if example][: eval_size or None]

@@ -7,7 +7,7 @@ import zlib
 from collections import Counter
 from fractions import Fraction
 
-from tasks.data import load_rows, read_template
+from tasks.data import load_rows, read_template, usable
 from tasks.tags import MAX_CHARACTERS, answer_block, is_think_then_answer
 
 EQUATION = re.compile(r"[0-9+\-*/() \t\n]{1,200}")  # ASCII digits, and nothing of Python but arithmetic
@@ -113,10 +113,9 @@ class Countdown:
             self.held_out = [countdown_problem(rng, for_eval=True) for _ in range(eval_size)]
             return
         rows = load_rows(dataset, "train", ["nums", "target"])
+        rows = rows.select(usable(rows, dataset, can_be_written, "nums and target must be whole numbers, nums from 0"))
         if len(rows) <= eval_size:
-            raise ValueError(f"{dataset!r} has {len(rows)} rows, too few to hold out eval_size = {eval_size}")
-        if not all(type(n) is int for n in [*rows[0]["nums"], rows[0]["target"]]):
-            raise ValueError(f"{dataset!r}: nums and target must be whole numbers, and the first row is {rows[0]}")
+            raise ValueError(f"{dataset!r} has {len(rows)} problems, too few to hold out eval_size = {eval_size}")
         parts = rows.train_test_split(test_size=eval_size, seed=42)
         self.held_out = list(parts["test"])
         # the same problem may be there twice, with its numbers in another order: it is then for the evaluation alone
@@ -153,6 +152,12 @@ class Countdown:
             parts["format"] = float(answer_block(text) is not None)
         paid = parts["correct"] if parts["format"] == 1 or not self.format_gates else 0.0
         return parts | {"reward": self.equation_weight * paid + self.format_weight * parts["format"]}
+
+
+def can_be_written(row: dict) -> bool:
+    """Not whether there is an equation, only whether its numbers can be written: there is no -3 in one, only a 3."""
+    nums, target = row["nums"], row["target"]
+    return isinstance(nums, list) and bool(nums) and all(type(n) is int for n in [*nums, target]) and min(nums) >= 0
 
 
 def countdown_problem(rng: random.Random, for_eval: bool) -> dict:

@@ -1,6 +1,7 @@
-"""What tasks read: the rows of data sets, and the text of prompt templates."""
+"""What tasks read: the rows of data sets and which of them can be used, and the text of prompt templates."""
 
 import json
+from collections.abc import Callable, Hashable
 from pathlib import Path
 
 from tasks.names import ask_the_hub_only_if_it_is_there, check_local
@@ -45,6 +46,30 @@ def load_rows(dataset: str, split: str, columns: list[str], subset: str | None =
     return rows
 
 
+def usable(rows, dataset: str, is_usable: Callable[[dict], bool], lack: str) -> list[int]:
+    """The numbers of the rows that a task can use; says how many it cannot, and shows the first of them.
+
+    Raises:
+        ValueError: it can use none.
+    """
+    columns = rows[:]
+    each = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    kept = [i for i, row in enumerate(each) if is_usable(row)]
+    if len(kept) == len(each):
+        return kept
+    first = shortened(next(row for row in each if not is_usable(row)))
+    if not kept:
+        raise ValueError(f"{dataset!r}: no row can be used, {lack}; the first is {first}")
+    print(f"{dataset}: {len(each) - len(kept):,} of {len(each):,} rows are left out, {lack}; the first is {first}")
+    return kept
+
+
+def without(rows: list[dict], taken: list[dict], key: Callable[[dict], Hashable]) -> list[dict]:
+    """The rows whose key none of the `taken` has, each once."""
+    seen = {key(row) for row in taken}
+    return [row for row in rows if (own := key(row)) not in seen and not seen.add(own)]
+
+
 def broken_line(path: Path) -> str:
     """What is wrong with the first line of a JSON Lines file that is not JSON, which the library does not say."""
     if path.suffix != ".jsonl" or not path.is_file():
@@ -71,3 +96,11 @@ def read_template(name: str, known: dict[str, str], fields: tuple[str, ...]) -> 
                 f"give {', '.join(known)}, or text or a file with {' and '.join(fields)}"
             )
     return text
+
+
+def shortened(value) -> str:
+    try:
+        text = " ".join(repr(value).split())
+    except Exception as error:  # anyone's object, or an integer that Python does not print
+        return f"of type {type(value).__name__} ({type(error).__name__})"
+    return text if len(text) <= 100 else f"{text[:100]}..."

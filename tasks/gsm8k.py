@@ -1,12 +1,11 @@
 """GSM8K: grade-school word problems whose answer is a number."""
 
-import itertools
 import random
 import re
 from fractions import Fraction
 from pathlib import Path
 
-from tasks.data import load_rows
+from tasks.data import load_rows, shortened, usable, without
 from tasks.tags import MAX_CHARACTERS
 
 NUMBER = r"(?:[-+]?\$?|\$[-+])(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,15})(?:\.[0-9]{1,15})?"
@@ -47,7 +46,8 @@ class GSM8K:
     Args:
         dataset: rows with `question` and `answer`, which ends in `#### 42`: a name on the Hub, a local folder with the
             splits train and test, or a file, of which the last `eval_size` rows (one in ten, if that is 0) are for the
-            evaluation and the others for training.
+            evaluation and the others for training. Rows whose gold answer is no number are left out, and so are
+            questions that are there twice, or in training and in the evaluation.
         train_size, eval_size: use only the first so many rows of a split; 0 for all.
     """
 
@@ -56,16 +56,22 @@ class GSM8K:
             raise ValueError(f"train_size is {train_size} and eval_size {eval_size}, they must be 0 (for all) or more")
         columns = ["question", "answer"]
         if Path(dataset).is_file():
-            rows = load_rows(dataset, "train", columns)
-            size = eval_size or max(1, len(rows) // 10)
-            if len(rows) <= size:
-                raise ValueError(f"{dataset!r} has {len(rows)} rows, too few to hold out eval_size = {size}")
-            train, test = rows.select(range(len(rows) - size)), rows.select(range(len(rows) - size, len(rows)))
+            examples = without(gsm8k_examples(load_rows(dataset, "train", columns), dataset), [], question)
+            size = eval_size or max(1, len(examples) // 10)
+            if len(examples) <= size:
+                raise ValueError(f"{dataset!r} has {len(examples)} problems, too few to hold out eval_size = {size}")
+            train, test = examples[:-size], examples[-size:]
         else:
             subset = "main" if dataset == "openai/gsm8k" and not Path(dataset).exists() else None
-            train, test = (load_rows(dataset, split, columns, subset) for split in ("train", "test"))
-        self.examples = [gsm8k_example(row) for row in itertools.islice(train, train_size or None)]
-        self.held_out = [gsm8k_example(row) for row in itertools.islice(test, eval_size or None)]
+            train, test = (
+                gsm8k_examples(load_rows(dataset, split, columns, subset), f"{dataset}, {split}")
+                for split in ("train", "test")
+            )
+            test = without(test, [], question)
+        self.held_out = test[: eval_size or None]
+        self.examples = without(train, test, question)[: train_size or None]
+        if not self.examples:
+            raise ValueError(f"{dataset!r} has no problem that is not in its evaluation")
 
     def train(self, rng: random.Random, step: int) -> dict:
         return rng.choice(self.examples)
@@ -84,8 +90,26 @@ class GSM8K:
         return gsm8k_reward(text, example)
 
 
+def question(example: dict) -> str:
+    """What makes two problems the same."""
+    return " ".join(example["question"].lower().split())
+
+
+def gsm8k_examples(rows, dataset: str) -> list[dict]:
+    def is_usable(row: dict) -> bool:
+        try:
+            return bool(gsm8k_example(row))
+        except ValueError:
+            return False
+
+    kept = usable(rows, dataset, is_usable, "their answers have no number behind ####")
+    return [gsm8k_example(row) for row in rows.select(kept)]
+
+
 def gsm8k_example(row: dict) -> dict:
     """Raises ValueError if the row's answer has no number behind `####`: it would be paid for nothing, or never."""
+    if not isinstance(row["question"], str) or not isinstance(row["answer"], str):
+        raise ValueError(f"question and answer must be text, not {shortened(row)}")
     number = row["answer"].rpartition("####")[2].strip()
     if not re.fullmatch(NUMBER, number):
         raise ValueError(f"no number behind #### in the answer of {row['question'][:80]!r}: {row['answer'][-80:]!r}")

@@ -507,4 +507,55 @@ MODELS = [
              "[getattr(layer, name, None) for layer in config.per_layer_config]", "config.per_layer_config[0].none"),
 ]
 
-MUTANTS = PITFALLS + WIRING + FURTHER + SEAMS + ONE_PAGE + FIRST_MINUTES + MODELS
+
+def hostile(test: str, mistake: str, where: str, old: str, new: str) -> Mutant:
+    return Mutant(mistake, where, old, new, (f"tests/test_hostile.py::{test}",))
+
+
+TASKS_NAMED, MODELS_NAMED = (
+    "test_a_task_that_gives_what_it_must_not_is_named",
+    "test_a_model_that_cannot_be_used_is_named",
+)
+BEGINS, ONCE = "test_what_is_judged_begins_where_the_answer_begins", "test_plain_text_has_each_special_token_once"
+HOSTILE = [
+    hostile(TASKS_NAMED, "an error of a task is a traceback", "of_the_task",
+            'raise UsageError(f"{type(task).__name__}.{call} raised {in_a_line(error)}") from error', "raise"),
+    hostile(TASKS_NAMED, "what is no problem passes", "checked_example", "not isinstance(example, dict)", "False"),
+    hostile(TASKS_NAMED, "what is no message passes", "is_chat", "isinstance(m.get(key), str)", "key in m"),
+    hostile(TASKS_NAMED, "too large a number passes", "is_finite", "return False", "return True"),
+    hostile(TASKS_NAMED, "an array is a number", "judge",
+            "not is_number(parts[key]) or not is_finite(parts[key])", "not is_finite(parts[key])"),
+    hostile(TASKS_NAMED, "an evaluation of nothing passes", "evaluation_problems", "not examples", "False"),
+    hostile(MODELS_NAMED, "a quantised model passes", "check_kind", "quantised is not None", "False"),
+    hostile(MODELS_NAMED, "an encoder and a decoder pass", "check_kind", "unknown or config.is_encoder_decoder", "False"),
+    hostile(MODELS_NAMED, "GGUF passes", "load_model_config", 'any(Path(name).glob("*.gguf"))', "False"),
+    hostile(MODELS_NAMED, "weights of another size pass", "load_model",
+            'raise ValueError(f"its weights do not fit its config.json: {misfits[0]}, and {len(misfits) - 1} more.")', "pass"),
+    hostile("test_a_system_message_that_the_template_refuses_goes_into_the_users_turn", "no way around a template",
+            "render", 'messages[0]["role"] == "system"', "False"),
+    hostile(BEGINS, "a think that the template opens is lost", "encode_prompt", "return prompt, ids, opened + prefill",
+            "return prompt, ids, prefill"),
+    hostile(BEGINS, "think is opened twice", "encode_prompt", 'prefill.replace("<think>", "")', "prefill"),
+    hostile(ONCE, "two beginnings", "encode_prompt", "ids[:2] == [bos, bos]", "False"),
+    hostile(ONCE, "a prompt that has ended", "encode_prompt", "ids[-1] == eos", "False"),
+    hostile("test_an_id_that_the_tokenizer_does_not_have_is_shown", "unknown ids vanish", "written_text",
+            "max(ids, default=0) < len(tokenizer)", "True"),
+    hostile("test_the_end_of_a_turn_in_the_template_ends_an_answer", "ends of turns are not looked for", "find_eos",
+            "turn_end is not None", "False"),
+    Mutant("padding of the table is an end", "find_eos", "{token for token in named if token < known}", "named",
+           ("tests/test_models.py::test_end_tokens_that_the_model_does_not_have_are_left_out",)),
+    Mutant("any model goes on a run", "RunFolder.check_base",
+            "began is not None and (now := checksums_of_model(name)) != began", "False",
+           ("tests/harness/test_reliability.py::test_a_run_goes_on_only_from_the_model_that_it_began_with",)),
+    Mutant("the base is not recorded", "RunFolder.start", 'step == 0 and self.writes and not (self.path / "base.json").exists()', "False",
+           ("tests/harness/test_reliability.py::test_a_run_goes_on_only_from_the_model_that_it_began_with",)),
+    Mutant("cut-offs decide the forecast", "verdict", "cut_off > 0.9", "cut_off > 0.3",
+           ("tests/harness/test_evaluation.py::test_verdict",)),
+    Mutant("one bad row is used", "usable", "[i for i, row in enumerate(each) if is_usable(row)]", "[*range(len(each))]",
+           ("tests/tasks/test_tasks.py::test_countdown_leaves_out_what_nothing_can_solve",
+            "tests/tasks/test_tasks.py::test_a_gold_answer_without_a_number_is_left_out_and_said")),
+    Mutant("evaluation problems are trained on", "without", "{key(row) for row in taken}", "set()",
+           ("tests/tasks/test_tasks.py::test_no_question_is_there_twice_in_gsm8k",)),
+]  # fmt: skip
+
+MUTANTS = PITFALLS + WIRING + FURTHER + SEAMS + ONE_PAGE + FIRST_MINUTES + MODELS + HOSTILE

@@ -86,6 +86,7 @@ def test_a_run_leaves_a_complete_folder(run, tmp_path, pays_length):
     assert folder.parent == tmp_path / "runs" and folder.name.startswith("arithmetic-")
     names = {path.name for path in folder.iterdir()}
     expected = {"config.yaml", "metrics.jsonl", "metrics.csv", "rollouts.jsonl", "eval.jsonl", "curves.png", "final"}
+    expected |= {"base.json"}
     assert names == expected | {"eval-0.jsonl", "eval-2.jsonl", "eval-3.jsonl", "checkpoint-2", "checkpoint-3"}
 
     metrics = rows(folder, "metrics.jsonl")
@@ -197,7 +198,7 @@ def test_steps_zero_evaluates_and_shows_one_group(run, capsys, pays_length):
     summary = run(steps=0)
     out = capsys.readouterr().out
     assert "will it learn?" in out and "advantage" in out and "weight" in out
-    table = out.split("tokens\n")[1].strip().splitlines()
+    table = out.split("tokens, with | between them\n")[1].strip().splitlines()
     assert len(table) == 4 and all(len(line.split()) > 4 for line in table)
     assert summary["tokens"] == 0 and rows(summary["run"], "metrics.jsonl") == []
 

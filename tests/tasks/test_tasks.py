@@ -212,8 +212,19 @@ def test_a_problem_that_is_there_twice_is_in_the_evaluation_alone(tmp_path):
     drawn = [task.train(random.Random(i), 0) for i in range(300)]
     assert not taken & {(tuple(sorted(row["nums"])), row["target"]) for row in drawn}
     text = [{"nums": row["nums"], "target": str(row["target"])} for row in rows]
-    with pytest.raises(ValueError, match="must be whole numbers, and the first row is"):
+    with pytest.raises(ValueError, match="no row can be used, nums and target must be whole numbers.*'target': '"):
         Countdown(write_jsonl(tmp_path / "text.jsonl", text), eval_size=5)
+
+
+def test_countdown_leaves_out_what_nothing_can_solve(tmp_path, capsys):
+    rng = random.Random(0)
+    good = [countdown_problem(rng, for_eval=False) for _ in range(30)]
+    bad = [([3, -4], 7), ([], 7), ([3], None), (None, 1)]
+    bad = [dict(nums=nums, target=target) for nums, target in bad]
+    task = Countdown(write_jsonl(tmp_path / "some.jsonl", good[:10] + bad + good[10:]), eval_size=20)
+    drawn = [task.train(random.Random(i), 0) for i in range(300)]
+    assert not [row for row in [*task.eval(), *drawn] if row in bad] and len({str(row) for row in drawn}) == 10
+    assert "4 of 34 rows are left out" in (out := capsys.readouterr().out) and "{'nums': [3, -4], 'target': 7}" in out
 
 
 @pytest.mark.parametrize(
@@ -290,10 +301,31 @@ def test_gsm8k_from_a_file_and_a_folder_with_splits(tmp_path):
     assert task.reward("Final: 1020", task.eval()[0])["reward"] == 1
 
 
-def test_a_gold_answer_without_a_number_is_an_error_not_a_reward(tmp_path):
-    rows = [*gsm8k_rows(3), {"question": "Which one?", "answer": "#### none"}]
-    with pytest.raises(ValueError, match="no number behind #### in the answer of 'Which one"):
-        GSM8K(write_jsonl(tmp_path / "bad.jsonl", rows), eval_size=1)
+def test_a_gold_answer_without_a_number_is_left_out_and_said(tmp_path, capsys):
+    bad = [dict(question="Which one?", answer="#### none"), dict(question=None, answer="#### 1")]
+    task = GSM8K(write_jsonl(tmp_path / "bad.jsonl", gsm8k_rows(3) + bad), eval_size=1)
+    assert [example["target"] for example in [*task.examples, *task.eval()]] == [1000, 1001, 1002]
+    assert "2 of 5 rows are left out, their answers have no number behind ####" in (out := capsys.readouterr().out)
+    assert "the first is {'question': 'Which one?'" in out
+    with pytest.raises(ValueError, match="no row can be used, their answers have no number behind ####"):
+        GSM8K(write_jsonl(tmp_path / "all_bad.jsonl", bad), eval_size=1)
+
+
+def test_no_question_is_there_twice_in_gsm8k(tmp_path):
+    rows = gsm8k_rows(8)
+    again = [row | dict(question=row["question"].replace(" ", "  ").upper()) for row in rows]
+    task = GSM8K(write_jsonl(tmp_path / "twice.jsonl", rows + again), eval_size=3)
+    assert [e["target"] for e in task.examples] == list(range(1000, 1005))
+    assert [e["target"] for e in task.eval()] == [1005, 1006, 1007]
+    (tmp_path / "splits").mkdir()
+    write_jsonl(tmp_path / "splits" / "train.jsonl", rows + again)
+    write_jsonl(tmp_path / "splits" / "test.jsonl", again[6:] + rows[7:])
+    task = GSM8K(str(tmp_path / "splits"))
+    assert [e["target"] for e in task.examples] == list(range(1000, 1006))
+    assert [e["target"] for e in task.eval()] == [1006, 1007]
+    with pytest.raises(ValueError, match="has no problem that is not in its evaluation"):
+        write_jsonl(tmp_path / "splits" / "test.jsonl", rows)
+        GSM8K(str(tmp_path / "splits"))
 
 
 # MATH
@@ -376,6 +408,15 @@ def test_math_levels(tmp_path):
         Math(train, test, levels=[9])
 
 
+def test_math_does_not_train_on_what_it_is_evaluated_on(tmp_path):
+    rows = [dict(problem=f"P{i}", solution=f"\\boxed{{{i}}}", level="Level 1") for i in (1, 2, 3)]
+    train = write_jsonl(tmp_path / "train.jsonl", rows)
+    task = Math(train, write_jsonl(tmp_path / "test.jsonl", [dict(problem="P2", answer="2")]))
+    assert {task.train(random.Random(i), 0)["problem"] for i in range(30)} == {"P1", "P3"}
+    with pytest.raises(ValueError, match="has no problem that is not in"):
+        Math(train, write_jsonl(tmp_path / "all.jsonl", [dict(problem=f"P{i}", answer="2") for i in (1, 2, 3)]))
+
+
 # Loading
 
 
@@ -386,7 +427,7 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
     with pytest.raises(ValueError, match="has no column nums; it has numbers, target"):
         Countdown(path)
     path = write_jsonl(tmp_path / "b.jsonl", [PROBLEM] * 20)
-    with pytest.raises(ValueError, match="20 rows, too few to hold out eval_size = 500"):
+    with pytest.raises(ValueError, match="20 problems, too few to hold out eval_size = 500"):
         Countdown(path)
 
 
@@ -427,10 +468,9 @@ def test_splits_of_the_hub_that_are_asked_for(task, asked, monkeypatch):
 
     def load_rows(dataset, split, columns, subset=None):
         found.append((dataset, split, subset))
-        row = dict(
-            problem="P", solution="\\boxed{1}", level="Level 1", answer="#### 1", question="Q", nums=[1], target=1
-        )
-        return datasets.Dataset.from_list([row | {"answer": "1"} if "problem" in columns else row, row | {"target": 2}])
+        row = dict(problem=split, solution="\\boxed{1}", level="Level 1", question=split, nums=[1], target=1)
+        row["answer"] = "1" if "problem" in columns else "#### 1"
+        return datasets.Dataset.from_list([row, row | {"target": 2}])
 
     for task_file in (competition_math, countdown, gsm8k):
         monkeypatch.setattr(task_file, "load_rows", load_rows)
