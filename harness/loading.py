@@ -91,13 +91,13 @@ def readable_errors(name: str):
     except UsageError:
         raise
     except Exception as error:  # of any kind: files, networks, and code that reads what anyone wrote
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        reason = (str(error).strip() or repr(error)).splitlines()[0].rstrip(".:")
         if "trust_remote_code" in str(error):
             raise UsageError(
                 f"model {name!r} brings Python code of its own: read it, and if you trust it --trust_remote_code true"
             ) from error
         raise UsageError(
-            f"model {name!r} cannot be loaded: {reason} Give a name on the Hub, or a folder: `hf download NAME "
+            f"model {name!r} cannot be loaded: {reason}. Give a name on the Hub, or a folder: `hf download NAME "
             "--local-dir FOLDER` makes one where there is a network."
         ) from error
 
@@ -148,7 +148,7 @@ def load_model(name: str, gradient_checkpointing: bool = False, trust_remote_cod
         misfits = [f"{key} is missing" for key in sorted(report["missing_keys"])]
         misfits += [f"{key} is {list(a)}, not {list(b)}" for key, a, b in sorted(report["mismatched_keys"])]
         if misfits:  # these would be random numbers
-            raise ValueError(f"its weights do not fit its config.json: {misfits[0]}, and {len(misfits) - 1} more.")
+            raise ValueError(f"its weights do not fit its config.json: {misfits[0]}, and {len(misfits) - 1} more")
     switch_off_noise(model)
     if gradient_checkpointing:
         if not model.supports_gradient_checkpointing:

@@ -530,7 +530,7 @@ HOSTILE = [
     hostile(MODELS_NAMED, "an encoder and a decoder pass", "check_kind", "unknown or config.is_encoder_decoder", "False"),
     hostile(MODELS_NAMED, "GGUF passes", "load_model_config", 'any(Path(name).glob("*.gguf"))', "False"),
     hostile(MODELS_NAMED, "weights of another size pass", "load_model",
-            'raise ValueError(f"its weights do not fit its config.json: {misfits[0]}, and {len(misfits) - 1} more.")', "pass"),
+            'raise ValueError(f"its weights do not fit its config.json: {misfits[0]}, and {len(misfits) - 1} more")', "pass"),
     hostile("test_a_system_message_that_the_template_refuses_goes_into_the_users_turn", "no way around a template",
             "render", 'messages[0]["role"] == "system"', "False"),
     hostile(BEGINS, "a think that the template opens is lost", "encode_prompt", "return prompt, ids, opened + prefill",
