@@ -1,29 +1,33 @@
-"""MATH: competition mathematics with answers in LaTeX, which math-verify compares."""
+"""MATH: competition mathematics with answers in LaTeX, compared by their form (docs/answers.md)."""
 
 import random
-import re
+from functools import cache
 
-from tasks.data import load_rows
+from tasks.data import load_rows, usable
+from tasks.forms import Reading, same
+from tasks.latex import read
 from tasks.tags import MAX_CHARACTERS, answer_block, is_think_then_answer
 
 MATH_SYSTEM = (
     "Think about the problem inside <think> and </think>. Then give the final result in LaTeX inside <answer> and "
     "</answer>, for example <answer>$\\frac{1}{2}$</answer>."
 )
-SECONDS = 3  # for each reading and comparison: a hostile answer can keep a computer algebra system busy for ever
+
+
+@cache
+def read_gold(answer: str) -> list[Reading]:
+    return read(answer)
 
 
 def math_reward(text: str, example: dict) -> dict:
-    """`correct` if math-verify finds the answer equal to the gold one; `format` for `<think>...</think><answer>...`.
+    """`correct` if the answer has the form of the gold one; `format` for `<think>...</think><answer>...</answer>`.
 
-    `reward` is their sum; the task weighs them as it was told.
+    `reward` is their sum; the task weighs them as it was told. `unread` is 1 for an answer that was not understood.
     """
-    from math_verify import verify
-
     text = text if len(text) <= MAX_CHARACTERS else ""
     answer = answer_block(text)
-    found = parse_math(answer) if answer is not None and len(answer) <= 1000 else []
-    correct = bool(found) and verify(example["gold"], found, timeout_seconds=SECONDS)
+    found = read(answer) if answer is not None else []
+    correct = same(read_gold(example["answer"]), found)
     form = text.lstrip().startswith("<think>") and is_think_then_answer(text)
     return {
         "reward": float(correct) + form,
@@ -31,34 +35,23 @@ def math_reward(text: str, example: dict) -> dict:
         "format": float(form),
         "prediction": None if answer is None else answer.strip()[:200],
         "ground_truth": example["answer"],
+        "unread": float(answer is not None and not found),
     }
 
 
-def parse_math(text: str) -> list:
-    """What math-verify reads in the text; [] for nothing.
-
-    LaTeX without dollars is read as LaTeX: as plain text, math-verify would take one number out of `2\\sqrt{3}`.
-    """
-    from math_verify import parse
-
-    if re.search(r"(?<!\\)\$|\\boxed|\\\(|\\\[", text):
-        return parse(text, parsing_timeout=SECONDS)
-    return parse(f"${text}$", parsing_timeout=SECONDS) or parse(text, parsing_timeout=SECONDS)
-
-
 def last_boxed(text: str) -> str | None:
-    """The last `\\boxed{...}` with its braces balanced, whole; None if there is none."""
+    """The inside of the last `\\boxed{...}` with its braces balanced; None if there is none."""
     start = text.rfind("\\boxed{")
     depth = 0
     for i in range(start + len("\\boxed"), len(text)) if start >= 0 else ():
         depth += {"{": 1, "}": -1}.get(text[i], 0)
         if depth == 0:
-            return text[start : i + 1]
+            return text[start + len("\\boxed{") : i]
     return None
 
 
 class Math:
-    """Competition mathematics, judged by math-verify.
+    """Competition mathematics, judged by the form of the answer.
 
     Args:
         dataset: training rows with `problem`, `solution` (with its result in \\boxed{}) and `level`.
@@ -78,41 +71,28 @@ class Math:
     ):
         if eval_size < 0:
             raise ValueError(f"eval_size is {eval_size}, it must be 0 (for all) or more")
+        self.format_weight = format_weight
         wanted = {f"Level {level}" for level in levels}
         rows = load_rows(dataset, "train", ["problem", "solution", "level"])
         tests = load_rows(eval_dataset, "test", ["problem", "answer"])
-        levels_of, problems = rows["level"], rows["problem"]
-        of_levels = [i for i, level in enumerate(levels_of) if level in wanted]
+        found = rows["level"]
+        of_levels = [i for i, level in enumerate(found) if level in wanted]
         if not of_levels:
-            found = ", ".join(sorted(set(levels_of)))
-            raise ValueError(f"levels {list(levels)}: {dataset!r} has no such problem; its levels are {found}")
+            known = ", ".join(sorted(set(map(str, found))))
+            raise ValueError(f"levels {list(levels)}: {dataset!r} has no such problem; its levels are {known}")
+        why = "their gold answers cannot be read as a whole"
+        tests = tests.select(usable(tests, eval_dataset, lambda row: is_readable(row["problem"], row["answer"]), why))
         held_out = set(tests["problem"])
-        self.rows = rows.select([i for i in of_levels if problems[i] not in held_out])
-        if not len(self.rows):
+        rows = rows.select(of_levels)
+        rows = rows.select([i for i, problem in enumerate(rows["problem"]) if problem not in held_out])
+        if not len(rows):
             raise ValueError(f"{dataset!r} has no problem that is not in {eval_dataset!r}")
-        self.format_weight, self.unreadable = format_weight, set()
-        examples = [self.example(row["problem"], row["answer"], f"${row['answer']}$") for row in tests]
-        self.held_out = [example for example in examples if example][: eval_size or None]
-        if not self.held_out:
-            raise ValueError(f"{eval_dataset!r} has no problem whose answer can be read")
-
-    def example(self, problem: str, answer: str, source: str) -> dict | None:
-        """None, and said once, if the gold answer cannot be read: it would be paid for nothing, or never."""
-        gold = parse_math(source) if answer else []
-        if gold:
-            return {"problem": problem, "answer": answer, "gold": gold}
-        if problem not in self.unreadable:
-            self.unreadable.add(problem)
-            print(f"left out: the gold answer of {problem[:80]!r} cannot be read: {source[-80:]!r}")
-        return None
+        self.rows = rows.select(usable(rows, dataset, lambda row: is_readable(row["problem"], gold_of(row)), why))
+        self.held_out = [math_example(row["problem"], row["answer"]) for row in tests][: eval_size or None]
 
     def train(self, rng: random.Random, step: int) -> dict:
-        for _ in range(1000):
-            row = self.rows[rng.randrange(len(self.rows))]
-            boxed = last_boxed(row["solution"]) or ""
-            if example := self.example(row["problem"], boxed, f"${boxed}$"):
-                return example
-        raise ValueError("no training problem has a gold answer that can be read")
+        row = self.rows[rng.randrange(len(self.rows))]
+        return math_example(row["problem"], gold_of(row))
 
     def eval(self) -> list[dict]:
         return self.held_out
@@ -123,11 +103,24 @@ class Math:
     def typed(self, text: str) -> dict:
         """`What is ...? #### \\frac{1}{2}` as a problem."""
         problem, _, answer = (part.strip() for part in text.rpartition("####"))
-        example = self.example(problem, answer, f"\\boxed{{{answer}}}") if problem else None
-        if not example:
+        if not problem or not is_readable(problem, answer):
             raise ValueError("write the problem, #### and its answer in LaTeX")
-        return example
+        return math_example(problem, answer)
 
     def reward(self, text: str, example: dict) -> dict:
         parts = math_reward(text, example)
         return parts | {"reward": parts["correct"] + self.format_weight * parts["format"]}
+
+
+def math_example(problem: str, answer: str) -> dict:
+    return {"problem": problem, "answer": answer}
+
+
+def gold_of(row: dict) -> str:
+    """The result of a solution, or nothing."""
+    return (last_boxed(row["solution"]) if isinstance(row["solution"], str) else None) or ""
+
+
+def is_readable(problem, answer) -> bool:
+    """Whether there is a problem, and the whole of its gold answer is understood: else wrong ones might be paid."""
+    return isinstance(problem, str) and isinstance(answer, str) and bool(answer.strip()) and bool(read(answer))

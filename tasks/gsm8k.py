@@ -8,7 +8,8 @@ from pathlib import Path
 from tasks.data import load_rows, shortened, usable, without
 from tasks.tags import MAX_CHARACTERS
 
-NUMBER = r"(?:[-+]?\$?|\$[-+])(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,15})(?:\.[0-9]{1,15})?"
+NUMBER = r"(?:[-+]?\$?|\$[-+])(?:[0-9]{1,3}(?:,[0-9]{3}){1,4}|[0-9]{1,15})(?:\.[0-9]{1,15})?"
+NEARLY = re.compile(rf"final(?: answer)?:[ \t]*(?P<number>{NUMBER})(?:[ \t]?[a-z%]{{1,20}}){{0,3}}", re.IGNORECASE)
 FINAL_LINE = re.compile(rf"^[ \t]*Final:[ \t]*(?P<number>{NUMBER})[ \t]*$", re.MULTILINE)
 GSM8K_SYSTEM = (
     "Solve the problem with brief reasoning. End with one line that has only the word Final, a colon and the number: "
@@ -24,7 +25,8 @@ def plain_number(text: str) -> Fraction:
 def gsm8k_reward(text: str, example: dict) -> dict:
     """1 for the right number in the right form, 0.1 for the right form alone, else 0.
 
-    The form is one line `Final: <number>` at the very end, and no other such line.
+    The form is one line `Final: <number>` at the very end, and no other such line. `near_miss` is 1 where the number is
+    right and the form nearly so (docs/answers.md).
     """
     text = text.rstrip() if len(text) <= MAX_CHARACTERS else ""
     found = list(FINAL_LINE.finditer(text))
@@ -37,7 +39,15 @@ def gsm8k_reward(text: str, example: dict) -> dict:
         "format": float(well_formed),
         "prediction": found[0]["number"] if well_formed else None,
         "ground_truth": str(example["target"]),
+        "near_miss": float(not found and is_near_miss(text, example["target"])),
     }
+
+
+def is_near_miss(text: str, target: Fraction) -> bool:
+    """Whether the last line is of the form but for bold type, a box, a full stop, a unit, or the sign of its minus."""
+    line = text.rpartition("\n")[2][-200:].replace("\u2212", "-").replace("*", "").replace("\\boxed", "")
+    found = NEARLY.fullmatch(line.translate({ord(bracket): None for bracket in "{}"}).strip(" \t.!"))
+    return found is not None and plain_number(found["number"]) == target
 
 
 class GSM8K:

@@ -44,7 +44,7 @@ transformers transformers.modeling_utils transformers.generation.utils transform
 transformers.models.auto.auto_factory transformers.models.gpt2.modeling_gpt2
 transformers.models.llama.modeling_llama transformers.models.qwen2.modeling_qwen2
 transformers.models.qwen3.modeling_qwen3 transformers.models.bloom.modeling_bloom trl hypothesis jsonargparse
-matplotlib.figure math_verify nbformat pytest yaml
+matplotlib.figure nbformat pytest yaml
 """.split()
 
 

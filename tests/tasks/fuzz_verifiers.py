@@ -1,10 +1,10 @@
 """Attacks the verifiers with random answers, and compares each verdict with an independent judge.
 
-    python tests/tasks/fuzz_verifiers.py                  100,000 answers, half a minute
-    python tests/tasks/fuzz_verifiers.py --answers 3000   what the test suite does
+    python tests/tasks/fuzz_verifiers.py                  200,000 answers for each of three verifiers, 2 minutes
+    python tests/tasks/fuzz_verifiers.py --answers 3000   less
 
-No answer may raise, be judged otherwise than by the judge, or take long: 99.9 % must take under 1 ms of CPU time and
-none over 20 ms. Ends with 1 otherwise.
+No answer may raise, be judged otherwise than by the judge, or take long: 99.9 % must take under 3 ms of CPU time and
+none over 50 ms. Ends with 1 otherwise.
 """
 
 import argparse
@@ -15,8 +15,11 @@ from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).parent)]
 
+import fuzz_math  # noqa: E402
+
+from tasks.competition_math import math_example, math_reward  # noqa: E402
 from tasks.countdown import countdown_reward  # noqa: E402
 from tasks.gsm8k import gsm8k_reward  # noqa: E402
 
@@ -123,7 +126,7 @@ def is_final(line: str) -> Fraction | None:
     groups = whole.split(",")
     if any(not (g.isascii() and g.isdigit()) for g in groups):
         return None
-    if len(groups) > 1 and not (1 <= len(groups[0]) <= 3 and all(len(g) == 3 for g in groups[1:])):
+    if len(groups) > 1 and not (len(groups) <= 5 and 1 <= len(groups[0]) <= 3 and all(len(g) == 3 for g in groups[1:])):
         return None
     if len(groups) == 1 and len(whole) > 15:
         return None
@@ -143,7 +146,7 @@ def random_equation(rng: random.Random, numbers: list[int]) -> str:
 def mutate(rng: random.Random, text: str) -> str:
     for _ in range(rng.choice([0, 0, 1, 1, 2, 4])):
         at = rng.randrange(len(text) + 1)
-        kind = rng.randrange(5)
+        kind = rng.randrange(6)
         if kind == 0:
             text = text[:at] + rng.choice(JUNK) + text[at:]
         elif kind == 1:
@@ -152,6 +155,9 @@ def mutate(rng: random.Random, text: str) -> str:
             text = text[:at] + text[at + 1 :]
         elif kind == 3:
             text = text[:at] + text[at:] * rng.randrange(1, 4)
+        elif kind == 4:  # whatever a pattern may repeat
+            end = at + rng.choice([1, 2, 4, 4, 8])
+            text = text[:at] + text[at:end] * rng.choice([2, 3, 6, 40, 1500]) + text[end:]
         else:
             text = text[:at] + rng.choice(["(", ")", "-", "9", " ", "**9"]) * rng.choice([5, 150, 1000]) + text[at:]
     return text if rng.random() > 0.001 else text * 10_000
@@ -180,40 +186,53 @@ def gsm8k_case(rng: random.Random) -> tuple[str, dict]:
     return (mutate(rng, text) if rng.random() < 0.5 else text), {"target": target}
 
 
-def fuzz(answers: int, seed: int = 0) -> dict:
+def math_case(rng: random.Random) -> tuple[str, dict]:
+    gold, answer, paid = fuzz_math.case(rng)
+    return f"<think>so</think><answer>{answer}</answer>", math_example("P", gold) | {"paid": paid}
+
+
+# verifier: how a case is made, what is paid, and what is to be paid; None where a verdict of any kind will do
+VERIFIERS = {
+    "countdown": (countdown_case, lambda text, e: countdown_reward(text, e)["correct"], judge_countdown),
+    "gsm8k": (gsm8k_case, lambda text, e: gsm8k_reward(text, e)["reward"], judge_gsm8k),
+    "math": (math_case, lambda text, e: math_reward(text, e)["correct"], lambda text, e: e["paid"]),
+}
+
+
+def fuzz(verifier: str, answers: int, seed: int = 0) -> dict:
     """Counts, and the slowest answers; raises whatever a verifier raises."""
-    rng, seconds, wrong, paid = random.Random(seed), [], [], 0
-    for i in range(answers):
-        make, reward, judge = (
-            (countdown_case, lambda t, e: countdown_reward(t, e)["correct"], judge_countdown)
-            if i % 4
-            else (gsm8k_case, lambda t, e: gsm8k_reward(t, e)["reward"], judge_gsm8k)
-        )
+    make, reward, judge = VERIFIERS[verifier]
+    rng, seconds, wrong, right = random.Random(seed), [], [], 0
+    for _ in range(answers):
         text, example = make(rng)
         started = time.process_time_ns()
         found = reward(text, example)
         seconds.append(((time.process_time_ns() - started) / 1e9, len(text), text[:300]))
         expected = judge(text, example)
-        paid += expected == 1
-        if found != expected:
+        right += expected == 1
+        if expected is not None and found != expected:
             wrong.append((found, expected, text[:300], example))
     seconds.sort(reverse=True)
-    return {"answers": answers, "right ones": paid, "wrongly judged": wrong, "slowest": seconds}
+    return {"right ones": right, "wrongly judged": wrong, "slowest": seconds}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--answers", type=int, default=100_000)
+    parser.add_argument("--answers", type=int, default=200_000, help="for each verifier")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    result = fuzz(options.answers, options.seed)
-    slowest, slow = result["slowest"][0], result["slowest"][options.answers // 1000][0]
-    print(f"{options.answers} answers, {result['right ones']} right, {len(result['wrongly judged'])} wrongly judged")
-    print(f"CPU time: 99.9 % within {1000 * slow:.2f} ms, the slowest {1000 * slowest[0]:.2f} ms,")
-    print(f"of {slowest[1]} characters: {slowest[2][:80]!r}")
-    for found, expected, text, example in result["wrongly judged"][:5]:
-        print(f"paid {found}, the judge says {expected}: {text!r} {example}")
-    sys.exit(bool(result["wrongly judged"]) or slow > 1e-3 or slowest[0] > 20e-3)
+    failed = False
+    for verifier in VERIFIERS:
+        result = fuzz(verifier, options.answers, options.seed)
+        slowest, slow = result["slowest"][0], result["slowest"][options.answers // 1000][0]
+        wrong = result["wrongly judged"]
+        print(f"{verifier}: {options.answers} answers, {result['right ones']} right, {len(wrong)} wrongly judged")
+        print(f"  CPU time: 99.9 % within {1000 * slow:.2f} ms, the slowest {1000 * slowest[0]:.2f} ms,")
+        print(f"  of {slowest[1]} characters: {slowest[2][:80]!r}")
+        for found, expected, text, example in wrong[:5]:
+            print(f"  paid {found}, the judge says {expected}: {text!r} {example}")
+        failed |= bool(wrong) or slow > 3e-3 or slowest[0] > 50e-3
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

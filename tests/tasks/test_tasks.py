@@ -1,4 +1,4 @@
-"""Countdown, GSM8K and MATH: loading, prompts, and verifiers that cannot be fooled, hung or crashed."""
+"""Countdown, GSM8K: loading, prompts, and verifiers that cannot be fooled, hung or crashed."""
 
 import json
 import random
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import grpo
 from tasks import TASKS, competition_math, countdown, gsm8k, load_task
-from tasks.competition_math import Math, last_boxed
+from tasks.competition_math import Math
 from tasks.countdown import Countdown, countdown_problem, countdown_reward, equation_value
 from tasks.gsm8k import GSM8K, gsm8k_reward
 from tasks.tags import answer_block
@@ -326,95 +326,6 @@ def test_no_question_is_there_twice_in_gsm8k(tmp_path):
     with pytest.raises(ValueError, match="has no problem that is not in its evaluation"):
         write_jsonl(tmp_path / "splits" / "test.jsonl", rows)
         GSM8K(str(tmp_path / "splits"))
-
-
-# MATH
-
-
-@pytest.fixture
-def math_task(tmp_path, capsys) -> Math:
-    levels = ["Level 1", "Level 5", "Level 5"]
-    solutions = ["It is $\\boxed{\\frac{1}{2}}$.", "So \\boxed{x^2+1}.", "No result here."]
-    rows = [
-        dict(problem=f"P{i}", solution=s, level=level)
-        for i, (s, level) in enumerate(zip(solutions, levels, strict=True))
-    ]
-    train = write_jsonl(tmp_path / "train.jsonl", rows)
-    answers = ["\\frac{3}{4}", "12", "", "(1,2)"]
-    test = write_jsonl(tmp_path / "test.jsonl", [dict(problem=f"Q{i}", answer=a) for i, a in enumerate(answers)])
-    return Math(train, test)
-
-
-def boxed(answer: str) -> str:
-    return f"<think>hm\nhm</think>\n<answer>{answer}</answer>"
-
-
-def test_math_leaves_out_what_it_cannot_judge(math_task, capsys):
-    assert [example["problem"] for example in math_task.eval()] == ["Q0", "Q1", "Q3"]
-    assert {math_task.train(random.Random(i), 0)["problem"] for i in range(30)} == {"P0", "P1"}
-
-
-@pytest.mark.parametrize(
-    "answer, correct",
-    [
-        ("$\\frac{3}{4}$", 1), ("\\frac{3}{4}", 1), ("0.75", 1), ("$\\boxed{6/8}$", 1), ("3/4", 1),
-        ("$\\frac{4}{3}$", 0), ("", 0), ("three quarters", 0), ("0.7", 0),
-    ],
-)  # fmt: skip
-def test_math_answers(math_task, answer, correct):
-    parts = math_task.reward(boxed(answer), math_task.eval()[0])
-    assert (parts["correct"], parts["format"]) == (correct, 1)
-    assert parts["reward"] == pytest.approx(correct + 0.1)
-    assert math_task.reward(answer, math_task.eval()[0])["reward"] == 0
-
-
-@pytest.mark.parametrize(
-    "answer, gold, correct",
-    [
-        ("2\\sqrt{3}", "2\\sqrt{3}", 1), ("2\\sqrt{3}", "2", 0), ("2^{10}", "1024", 1), ("2^{10}", "2", 0),
-        ("3-2i", "3-2i", 1), ("3-2i", "3", 0), ("3x+2", "3", 0), ("1, 2, 3", "1,2,3", 1), ("50\\%", "50\\%", 1),
-    ],
-)  # fmt: skip
-def test_math_reads_whole_expressions_without_dollars(math_task, answer, gold, correct):
-    assert math_task.reward(boxed(answer), math_task.example("P", gold, f"${gold}$"))["correct"] == correct
-
-
-def test_math_gold_is_what_is_boxed_and_nothing_else(math_task, capsys):
-    assert last_boxed("a \\boxed{1} b \\boxed{\\frac{1}{2}}.") == "\\boxed{\\frac{1}{2}}"
-    assert last_boxed("none") is None and last_boxed("\\boxed{1") is None
-    rows = [dict(problem="P", solution="We have $a=7$, so $\\boxed{}$", level="Level 1")]
-    math_task.rows = datasets.Dataset.from_list(rows)
-    with pytest.raises(ValueError, match="no training problem"):
-        math_task.train(random.Random(0), 0)
-    assert capsys.readouterr().out.count("answer of 'P'") == 1  # said once
-
-
-def test_math_form_and_hedging(math_task):
-    example = math_task.eval()[1]
-    assert math_task.reward("<answer>12</answer>", example)["reward"] == 1  # right, not in the form
-    assert math_task.reward(boxed("12") + " bye", example)["format"] == 0
-    assert math_task.reward("Well, " + boxed("12"), example)["format"] == 0
-    assert math_task.reward(boxed("11") + "<answer>12</answer>", example)["correct"] == 0
-    assert math_task.reward(boxed("9" * 5000), example)["correct"] == 0
-
-
-def test_math_levels(tmp_path):
-    rows = [dict(problem=f"P{i}", solution=f"\\boxed{{{i}}}", level=f"Level {i}") for i in (1, 2, 3)]
-    train = write_jsonl(tmp_path / "train.jsonl", rows)
-    test = write_jsonl(tmp_path / "test.jsonl", [dict(problem="Q", answer="1")])
-    task = Math(train, test, levels=[2, 3])
-    assert {task.train(random.Random(i), 0)["problem"] for i in range(30)} == {"P2", "P3"}
-    with pytest.raises(ValueError, match="no such problem; its levels are Level 1, Level 2, Level 3"):
-        Math(train, test, levels=[9])
-
-
-def test_math_does_not_train_on_what_it_is_evaluated_on(tmp_path):
-    rows = [dict(problem=f"P{i}", solution=f"\\boxed{{{i}}}", level="Level 1") for i in (1, 2, 3)]
-    train = write_jsonl(tmp_path / "train.jsonl", rows)
-    task = Math(train, write_jsonl(tmp_path / "test.jsonl", [dict(problem="P2", answer="2")]))
-    assert {task.train(random.Random(i), 0)["problem"] for i in range(30)} == {"P1", "P3"}
-    with pytest.raises(ValueError, match="has no problem that is not in"):
-        Math(train, write_jsonl(tmp_path / "all.jsonl", [dict(problem=f"P{i}", answer="2") for i in (1, 2, 3)]))
 
 
 # Loading
