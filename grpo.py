@@ -57,7 +57,7 @@ import variants
 from harness import evaluation, kv_cache, loading, memory, metrics, optimizers, parallel, terminal
 from harness.batching import logps_under, own_microbatches, pad, policy_inputs
 from harness.model_checks import check_model, scaled_and_capped
-from harness.prompts import Problem, draw_prompts, judge, written_text
+from harness.prompts import Problem, draw_prompts, judge_all, written_text
 from harness.run_folder import RunFolder
 from harness.settings import Config, Sample, Sampling, UsageError
 from harness.vllm_sampler import proven_sampler
@@ -199,7 +199,7 @@ def complete(
     """`group_size` judged completions of each problem; those of one problem are neighbours.
 
     `prefix` goes between prompt and completion, and is judged with it. Each process samples and
-    judges its share of the problems, and gets the rollouts of all.
+    judges its share of the problems, and gets all rollouts.
     """
     problems, seed = parallel.share(problems), parallel.own_seed(seed)
     prefix_ids = tokenizer(prefix, add_special_tokens=False)["input_ids"] if prefix else []
@@ -208,8 +208,8 @@ def complete(
     for i, r in enumerate(rollouts):
         problem = problems[i // group_size]
         r.prompt, r.text = problem.prompt, problem.begun + prefix + written_text(tokenizer, r)
-        r.parts = judge(task, r.text, problem)
-        r.reward = float(r.parts["reward"])  # GRPO: whatever the task pays
+    for r, parts in zip(rollouts, judge_all(task, rollouts, problems), strict=True):
+        r.parts, r.reward = parts, float(parts["reward"])  # GRPO: whatever the task pays
     return parallel.join(rollouts)
 
 

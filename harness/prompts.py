@@ -7,6 +7,7 @@ import threading
 import time
 from contextlib import contextmanager
 from functools import cache
+from types import SimpleNamespace
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -192,14 +193,47 @@ def is_finite(number: int | float) -> bool:
         return False
 
 
+def judge_all(task, rollouts: list, problems: list[Problem]) -> list[dict]:
+    """What the task's reward() returns for the text of each rollout; in parallel where its time is limited.
+
+    Rollouts of one problem are neighbours, as many of each.
+
+    Raises:
+        UsageError: it raised, or gave what cannot be used; names the completion.
+    """
+    asked = [(r.text, problems[i * len(problems) // len(rollouts)]) for i, r in enumerate(rollouts)]
+    if workers := getattr(task, "workers", None):
+        results = workers.rewards([(text, problem.example) for text, problem in asked])
+    else:
+        results = (judged(task, *pair) for pair in asked)
+    judgements = []
+    for pair, result in zip(asked, results, strict=True):
+        where = where_judged(task, *pair)
+        if "error" in result:
+            raise UsageError(f"{where} raised {result['error']}")
+        parts = checked_parts(where, result["parts"])
+        judgements.append({"timed_out": 0.0, "worker_died": 0.0} | parts if workers else parts)
+    return judgements
+
+
 def judge(task, text: str, problem: Problem) -> dict:
-    """What the task's reward() returns for `text`; a UsageError that names the completion if that is unusable."""
-    where = f"{type(task).__name__}.reward() for the prompt {problem.prompt!r} and the completion {text!r}"
+    return judge_all(task, [SimpleNamespace(text=text)], [problem])[0]
+
+
+def where_judged(task, text: str, problem: Problem) -> str:
+    return f"{type(task).__name__}.reward() for the prompt {problem.prompt!r} and the completion {text!r}"
+
+
+def judged(task, text: str, problem: Problem) -> dict:
+    """In this process, without a limit."""
     try:
-        with PATIENCE.waiting_for(where):
-            parts = task.reward(text, problem.example)
-    except Exception as error:  # the task may be anyone's code: say which completion it failed on
-        raise UsageError(f"{where} raised {in_a_line(error)}") from error
+        with PATIENCE.waiting_for(where_judged(task, text, problem)):
+            return {"parts": task.reward(text, problem.example)}
+    except Exception as error:  # the task may be anyone's code
+        return {"error": in_a_line(error)}
+
+
+def checked_parts(where: str, parts) -> dict:
     if not isinstance(parts, dict) or any(key not in parts for key in REWARD_KEYS):
         raise UsageError(f"{where} must be a dict with the keys {', '.join(REWARD_KEYS)}, but is {shortened(parts)}")
     if taken := sorted(parts.keys() & RESERVED):

@@ -18,10 +18,7 @@ what it reads.
 
 import inspect
 import runpy
-import signal
 import sys
-import threading
-from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -38,7 +35,9 @@ class UsageError(Exception):
 
 
 def load_task(name: str, task_args: dict[str, Any], reward_seconds: float = 0.0):
-    """The task called `name`: built-in, `module:Class`, or `path/to/file.py:Class`; its rewards limited in time.
+    """The task called `name`: built-in, `module:Class`, or `path/to/file.py:Class`.
+
+    With `reward_seconds` it has `workers`, which build it anew, and judge its answers within that time each.
 
     Raises:
         UsageError: there is no such task, or it does not take these arguments.
@@ -62,35 +61,7 @@ def load_task(name: str, task_args: dict[str, Any], reward_seconds: float = 0.0)
     except Exception as error:
         raise UsageError(f"task {name!r}: {error}; its arguments: {inspect.signature(found[class_name])}") from error
     if reward_seconds:
-        judge = task.reward
+        from tasks.workers import Workers
 
-        def reward(text: str, example: dict) -> dict:
-            try:
-                with time_limit(reward_seconds):
-                    parts = judge(text, example)
-                return parts | {"timed_out": 0.0} if isinstance(parts, dict) else parts
-            except TimeoutError:  # as of a program that does not end: it is no right answer
-                late = f"reward() took longer than {reward_seconds:g} s"
-                return dict(reward=0.0, correct=0.0, format=0.0, prediction=late, ground_truth="", timed_out=1.0)
-
-        task.reward = reward
+        task.workers = Workers(name, task_args, reward_seconds)
     return task
-
-
-@contextmanager
-def time_limit(seconds: float):
-    """Raises TimeoutError in the body after so many seconds; 0 is no limit. For Python code in the main thread."""
-    if not seconds or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number, frame):
-        raise TimeoutError(f"it took longer than {seconds:g} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)

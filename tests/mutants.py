@@ -75,10 +75,11 @@ PITFALLS = [
             "output_logits(self.model, hidden) / self.temperature", "output_logits(self.model, hidden)"),
     pitfall(13, "the sampler's log-probs taken with top_k on", "Config.uses_trainer_logps",
             'self.old_logps == "trainer" or not self.samples_all_tokens', 'self.old_logps == "trainer"'),
-    pitfall(14, "completions encoded again", "complete", "r.parts = judge(task, r.text, problem)",
+    pitfall(14, "completions encoded again", "complete",
+            "r.prompt, r.text = problem.prompt, problem.begun + prefix + written_text(tokenizer, r)",
             """
+            r.prompt, r.text = problem.prompt, problem.begun + prefix + written_text(tokenizer, r)
             r.completion_ids = tokenizer(r.text, add_special_tokens=False)["input_ids"]
-            r.parts = judge(task, r.text, problem)
             """),
     pitfall(15, "the self-test compares nothing after the change", "check_sampler",
             'require_equal("after the weights were changed")', "None"),
@@ -523,7 +524,7 @@ HOSTILE = [
     hostile(TASKS_NAMED, "what is no problem passes", "checked_example", "not isinstance(example, dict)", "False"),
     hostile(TASKS_NAMED, "what is no message passes", "is_chat", "isinstance(m.get(key), str)", "key in m"),
     hostile(TASKS_NAMED, "too large a number passes", "is_finite", "return False", "return True"),
-    hostile(TASKS_NAMED, "an array is a number", "judge",
+    hostile(TASKS_NAMED, "an array is a number", "checked_parts",
             "not is_number(parts[key]) or not is_finite(parts[key])", "not is_finite(parts[key])"),
     hostile(TASKS_NAMED, "an evaluation of nothing passes", "evaluation_problems", "not examples", "False"),
     hostile(MODELS_NAMED, "a quantised model passes", "check_kind", "quantised is not None", "False"),

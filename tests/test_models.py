@@ -44,12 +44,13 @@ def run(model: str, runs, template: str = "plain", **settings) -> Path:
 @pytest.fixture
 def pays_odd_lengths(monkeypatch):
     """A random model solves no puzzle: pay for something that it does now and then."""
-    judge = grpo.judge
+    judge_all = grpo.judge_all
 
-    def pay(task, text, problem):
-        return judge(task, text, problem) | {"reward": float(len(text) % 2)}
+    def pay(task, rollouts, problems):
+        judgements = judge_all(task, rollouts, problems)
+        return [parts | {"reward": float(len(r.text) % 2)} for parts, r in zip(judgements, rollouts, strict=True)]
 
-    monkeypatch.setattr(grpo, "judge", pay)
+    monkeypatch.setattr(grpo, "judge_all", pay)
 
 
 @pytest.mark.parametrize("template", ["plain", "r1"])

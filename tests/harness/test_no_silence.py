@@ -147,9 +147,10 @@ def test_a_reward_with_a_time_limit_is_checked_like_any_other():
         prompts.judge(task, "x", prompts.Problem({}, "p", [1]))
 
 
-def test_the_share_of_rewards_that_time_out_counts_those_that_do_not(make_config):
+def test_the_share_of_rewards_that_time_out_counts_those_that_do_not():
     task = load_task(f"{HERE}:Few", {}, reward_seconds=5.0)
-    assert task.reward("", task.eval()[0])["timed_out"] == 0
+    parts = prompts.judge(task, "", prompts.Problem(task.eval()[0], "p", [1]))
+    assert (parts["timed_out"], parts["worker_died"]) == (0, 0)
 
 
 def test_rewards_that_all_time_out_are_an_alarm():

@@ -5,7 +5,6 @@ import json
 import os
 import resource
 import shutil
-import signal
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from harness import loading, run_folder
 from harness.metrics import Alarms
 from harness.run_folder import RunFolder
 from harness.terminal import show_groups
-from tasks import time_limit
 
 SETTINGS = dict(prompts_per_step=2, group_size=4, max_completion_tokens=8, max_prompt_tokens=20, lr=1e-3)
 SETTINGS |= dict(eval_samples=2, steps=6, save_steps=2, eval_steps=0)
@@ -303,8 +301,8 @@ def test_steps_in_which_some_update_was_good_are_no_end():
 
 
 def test_a_warning_reaches_the_terminal_of_a_run(run, capsys, monkeypatch):
-    judge = grpo.judge
-    monkeypatch.setattr(grpo, "judge", lambda *args: judge(*args) | {"reward": 1.0})
+    judge_all = grpo.judge_all
+    monkeypatch.setattr(grpo, "judge_all", lambda *args: [parts | {"reward": 1.0} for parts in judge_all(*args)])
     run(steps=12)
     assert capsys.readouterr().out.count("step 10: of the last 10 steps' groups nine in ten") == 1
 
@@ -338,16 +336,6 @@ class Raises:
 
     def reward(self, text, example):
         return example["x"]
-
-
-def test_the_time_limit_leaves_nothing_behind():
-    with pytest.raises(TimeoutError), time_limit(0.05):
-        while True:
-            pass
-    before = signal.getsignal(signal.SIGALRM)
-    with time_limit(5):
-        assert signal.getitimer(signal.ITIMER_REAL)[0] > 0
-    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0 and signal.getsignal(signal.SIGALRM) is before
 
 
 # Safe by default

@@ -10,7 +10,7 @@ import random
 
 LETTERS = "xyabnt"
 NOISE = ["\\frac{", "}", "{", "(", ")", "^", "_", "\\pm", ",", "\\text{cm}", "=", "|", "!", "\\sqrt", "2", "x"]
-NOISE += ["\\", "$", "&", "\x00", "\ud800", "\u202e", "\uff11", "\xbd", "\\begin{pmatrix}", "\\cup", "<", "%", ".", "1,000", "\\overline{3}"]
+NOISE += ["\\", "$", "&", "\x00", "\ud800", "\u202e", "\uff11", "½", "\\begin{pmatrix}", "\\cup", "<", "%", "."]
 
 
 def tree(rng: random.Random, depth: int = 3):
