@@ -146,11 +146,13 @@ def kill_all(workers: list[Worker]) -> None:
 def build_and_fork(descriptor: int) -> None:
     """Builds the task once, and forks a worker for each connection that comes, until the other end is closed."""
     control = socket.socket(fileno=descriptor)
-    stream = control.makefile("rwb")
+    stream, stderr = control.makefile("rwb"), os.dup(2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what building says has been said in the process that trains
     try:
         task, answer = load_task(*json.loads(stream.readline())), "built"
     except UsageError as error:
         task, answer = None, str(error)
+    os.dup2(stderr, 2)
     stream.write(json.dumps(answer).encode() + b"\n")
     stream.flush()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks

@@ -30,6 +30,7 @@ SMALLEST = {
     "compare_commits": ([".", ".", "--only", "maxrl"], []),
     "failures": ([*ONE_RUN, "--only", "healthy", "--out", "OUT/f.md"], ["f.md"]),
     "gpu": (["--tiny", "--steps", "1", "--out", "OUT"], ["gpu_tiny.json", "gpu_tiny.md"]),
+    "hostile_answers": (["--turns", "1", "--answers", "8", "--out", "OUT/h.md"], ["h.md"]),
     "long_run": (
         ["--steps", "1", "--out", "OUT/log"],
         [f"log/{name}" for name in ("config.yaml", "eval.jsonl", "metrics.jsonl", "rollouts.jsonl")],
