@@ -11,7 +11,6 @@ import ast
 import itertools
 import sys
 import time
-from pathlib import Path
 from statistics import median
 
 from common import ROOT, arguments, origin, table, write

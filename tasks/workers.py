@@ -177,10 +177,10 @@ def work(task, connection: Connection) -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
     with suppress(EOFError, OSError):
         while True:
-            connection.send_bytes(judged(task, *connection.recv()))
+            connection.send_bytes(judged_here(task, *connection.recv()))
 
 
-def judged(task, text: str, example: dict) -> bytes:
+def judged_here(task, text: str, example: dict) -> bytes:
     try:
         parts = task.reward(text, example)
         if isinstance(parts, dict):

@@ -100,8 +100,7 @@ PITFALLS = [
     pitfall(18, "commas left in numbers", "plain_number",
             'text.replace("$", "").replace(",", "").replace("+", "")', 'text.replace("$", "").replace("+", "")'),
     pitfall(18, "an answer that cannot be read is right", "math_reward",
-            'bool(found) and verify(example["gold"], found, timeout_seconds=SECONDS)',
-            'not found or verify(example["gold"], found, timeout_seconds=SECONDS)'),
+            'same(read_gold(example["answer"]), found)', 'not found or same(read_gold(example["answer"]), found)'),
     pitfall(18, "a substring match pays", "gsm8k_reward",
             'prediction is not None and prediction == example["target"]',
             'prediction is not None and str(prediction) in str(example["target"])'),
@@ -438,10 +437,8 @@ FIRST_MINUTES = [
             "since and time.monotonic() - since > self.SECONDS", "False"),
     unheard("test_rewards_that_all_time_out_are_an_alarm", "no alarm where all rewards time out", "Alarms",
             'row.get("timed_out") == 1', "False"),
-    unheard("test_the_share_of_rewards_that_time_out_counts_those_that_do_not", "only those that time out are counted",
-            "load_task", 'parts | {"timed_out": 0.0} if isinstance(parts, dict) else parts', "parts"),
-    unheard("test_a_reward_with_a_time_limit_is_checked_like_any_other", "a limited reward of None raises", "load_task",
-            'parts | {"timed_out": 0.0} if isinstance(parts, dict) else parts', 'parts | {"timed_out": 0.0}'),
+    unheard("test_a_reward_with_a_time_limit_is_checked_like_any_other", "what a limited reward gives is not checked",
+            "judge_all", 'checked_parts(where, result["parts"])', 'result["parts"] or {}'),
     unheard("test_about_a_minute_is_said_of_the_recipe_as_it_is", "about a minute, whatever is changed", "parse_config",
             'dataclasses.replace(config, about="")', "config"),
     unheard("test_looks_at_the_base_share_a_folder_and_nothing_that_was_trained_is_lost", "a look removes checkpoints",
@@ -559,4 +556,53 @@ HOSTILE = [
            ("tests/tasks/test_tasks.py::test_no_question_is_there_twice_in_gsm8k",)),
 ]  # fmt: skip
 
-MUTANTS = PITFALLS + WIRING + FURTHER + SEAMS + ONE_PAGE + FIRST_MINUTES + MODELS + HOSTILE
+
+def paid(mistake: str, where: str, old: str, new: str, *tests: str) -> Mutant:
+    found = tests or ("tests/tasks/test_math.py::test_the_table_of_math", "tests/tasks/test_math.py::test_honest_rewrites_are_paid")
+    return Mutant(mistake, where, old, new, found)
+
+
+def in_workers(test: str, mistake: str, where: str, old: str, new: str) -> Mutant:
+    return Mutant(mistake, where, old, new, (f"tests/tasks/test_workers.py::{test}",))
+
+
+VERIFIERS = [
+    paid("units of two kinds are the same", "same", "agree(g.unit, a.unit)", "True"),
+    paid("names of two kinds are the same", "same", "agree(g.name, a.name)", "True"),
+    paid("terms in one order only", "total", "tuple(sorted(flat, key=lambda pair: (repr(pair[1]), -pair[0])))", "tuple(flat)"),
+    paid("factors in one order only", "product", "tuple(sorted(f, key=repr))", "tuple(f)"),
+    paid("2 - x is never x - 2", "oriented", '(1, node) if node[0] != "+" or node[1][0][0] > 0 else (-1, negated(node))', "(1, node)"),
+    paid("what stands behind the answer is not read", "Reader.items", "self.peek() != end", "False",
+         "tests/tasks/test_math.py::test_what_is_not_understood_as_a_whole_is_not_read"),
+    paid("a point is a number with thousands", "without_thousands", "depth == 0", "True",
+         "tests/tasks/test_math.py::test_what_separates_thousands"),
+    paid("0.333... is 0.3", "repeating", "10 ** len(before) * (10 ** len(period) - 1)", "10 ** len(before + period)"),
+    paid("texts of any length are read", "read", "not isinstance(text, str) or len(text) > MAX_CHARACTERS", "False",
+         "tests/tasks/test_math.py::test_what_is_not_understood_as_a_whole_is_not_read"),
+    paid("numerals of any length", "NUMBER", r'r"(?:[-+]?\$?|\$[-+])(?:[0-9]{1,3}(?:,[0-9]{3}){1,4}|[0-9]{1,15})(?:\.[0-9]{1,15})?"',
+         r'r"(?:[-+]?\$?|\$[-+])(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,15})(?:\.[0-9]{1,15})?"',
+         "tests/tasks/test_math.py::test_no_answer_raises_is_paid_or_takes_long"),
+    paid("gold answers that nobody understands are kept", "is_readable", "bool(read(answer))", "True",
+         "tests/tasks/test_math.py::test_what_is_left_out_is_counted_and_shown"),
+    paid("near misses are not counted", "gsm8k_reward", "not found and is_near_miss(text, example['target'])", "False",
+         "tests/tasks/test_math.py::test_the_table_of_gsm8k"),
+    paid("what is not understood is not counted", "math_reward", "answer is not None and not found", "False",
+         "tests/tasks/test_math.py::test_form_and_hedging"),
+    in_workers("test_what_a_reward_started_is_killed_with_it", "programs of a reward live on", "Worker.kill",
+               "os.killpg(self.pid, signal.SIGKILL)", "os.kill(self.pid, signal.SIGKILL)"),
+    in_workers("test_results_are_those_of_one_by_one_in_their_order", "results in the order of arrival", "Workers.look",
+               "found[worker.job] = result", "found[found.index(None)] = result"),
+    in_workers("test_a_worker_that_dies_costs_one_answer", "a death is called a timeout", "Workers.look",
+               'self.replace(at, found, "worker_died", "a worker for rewards died")',
+               'self.replace(at, found, "timed_out", "a worker for rewards died")'),
+    in_workers("test_a_reward_sees_how_its_own_programs_end", "the status of programs is lost", "work",
+               "signal.signal(signal.SIGCHLD, signal.SIG_DFL)", "None"),
+    in_workers("test_no_worker_outlives_its_run", "busy workers live on", "work",
+               "threading.Thread(target=end_with_parent, args=[os.getppid()], daemon=True).start()", "None"),
+    in_workers("test_a_worker_that_dies_costs_one_answer", "no memory left ends the run", "judged_here",
+               "os._exit(1)", 'return json.dumps({"error": "MemoryError"}).encode()'),
+    Mutant("what did not time out is not counted", "judge_all", '{"timed_out": 0.0, "worker_died": 0.0} | parts if workers else parts',
+           "parts", ("tests/harness/test_no_silence.py::test_the_share_of_rewards_that_time_out_counts_those_that_do_not",)),
+]  # fmt: skip
+
+MUTANTS = PITFALLS + WIRING + FURTHER + SEAMS + ONE_PAGE + FIRST_MINUTES + MODELS + HOSTILE + VERIFIERS

@@ -24,7 +24,7 @@ from harness.batching import policy_inputs, row_tokens
 from harness.metrics import rollout_metrics
 from harness.settings import Sample
 from harness.vllm_sampler import check_sampler
-from tasks.competition_math import math_reward, parse_math
+from tasks.competition_math import math_reward
 from tasks.countdown import countdown_reward
 from tasks.gsm8k import gsm8k_example, gsm8k_reward
 from tasks.tags import is_think_then_answer
@@ -313,9 +313,9 @@ def test_18_numbers_are_read_as_people_write_them():
     def answer(text):
         return f"<think>a</think><answer>{text}</answer>"
 
-    third = {"answer": r"-\frac{1}{3}", "gold": parse_math(r"$-\frac{1}{3}$")}
-    assert all(math_reward(answer(a), third)["correct"] == 1 for a in (r"$-\frac{2}{6}$", "-1/3"))
-    unreadable = {"answer": "", "gold": parse_math("")}
+    third = {"answer": r"-\frac{1}{3}"}
+    assert all(math_reward(answer(a), third)["correct"] == 1 for a in (r"$-\frac13$", "-1/3"))
+    unreadable = {"answer": ""}
     assert math_reward(answer(""), third)["correct"] == math_reward(answer(""), unreadable)["correct"] == 0
 
 

@@ -97,6 +97,11 @@ def test_what_is_not_understood_as_a_whole_is_not_read(gold):
     assert read(gold) == []
 
 
+def test_what_separates_thousands():
+    assert same(read("2100"), read("2,100")) and not same(read("2100"), read("(2,100)"))
+    assert same(read("(2, 100)"), read("(2,100)")) and not same(read("2,100"), read("2,10"))
+
+
 def test_the_bounds_are_no_smaller():
     assert read("1" * MAX_DIGITS) and read("(" * (MAX_DEPTH - 1) + "1" + ")" * (MAX_DEPTH - 1))
     assert read("x+" * (MAX_TOKENS // 2 - 1) + "x")

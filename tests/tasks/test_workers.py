@@ -59,6 +59,9 @@ class Odd:
             os.kill(os.getpid(), signal.SIGKILL)
         if text == "slow":
             time.sleep(0.3)
+        if text == "status":
+            return dict(reward=subprocess.run([sys.executable, "-c", "raise SystemExit(3)"]).returncode, correct=0,
+                        format=0, prediction="", ground_truth="")
         if text == "print":
             print("something to disturb")
         if text == "raises":
@@ -96,6 +99,10 @@ def test_what_does_not_return_is_killed_and_counted(text, task, capsys):
 def test_what_a_reward_started_is_killed_with_it(task):
     rewards(task, "program of this test")
     assert "program of this test" not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+
+
+def test_a_reward_sees_how_its_own_programs_end(task):
+    assert rewards(task, "status")[0]["reward"] == 3
 
 
 @pytest.mark.parametrize("text", ["abort", "memory", "killed"])
