@@ -28,7 +28,7 @@ PARTS = {
     "drawing prompts": ["grpo.draw_prompts"],
     "sampling": ["grpo.TorchSampler.generate"],
     "decoding": ["grpo.complete"],
-    "scoring (the task's reward)": ["grpo.judge"],
+    "scoring (the task's reward)": ["grpo.judge_all"],
     "log-probs": ["grpo.Policy.forward"],
     "loss and its metrics": ["grpo.batch_loss"],
     "backward": ["accelerate.Accelerator.backward"],

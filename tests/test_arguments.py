@@ -84,6 +84,7 @@ def data(tmp_path_factory):
         "SPLITS": str(Path(write("train-questions.jsonl", questions[:20])).parent / "splits"),
         "MATH": write("maths.jsonl", maths(0)),
         "OTHER_MATH": write("other.jsonl", maths(100)),
+        "THIRD_MATH": write("third.jsonl", maths(200)),
         "TEMPLATE": str(folder / "template.txt"),
     }
 
@@ -275,14 +276,14 @@ def _(a, b):
     assert [e["target"] for e in b.held_out] == list(range(25, 30))
 
 
-@check(Math, dataset="OTHER_MATH")
+@check(Math, dataset="THIRD_MATH")
 def _(a, b):
     assert not asked(a) & asked(b) and a.held_out == b.held_out
 
 
-@check(Math, eval_dataset="MATH")
+@check(Math, eval_dataset="THIRD_MATH")
 def _(a, b):
-    assert asked(a) == asked(b) and (a.held_out[0]["problem"], b.held_out[0]["problem"]) == ("P100", "P0")
+    assert asked(a) == asked(b) and (a.held_out[0]["problem"], b.held_out[0]["problem"]) == ("P100", "P200")
 
 
 @check(Math, levels=[2, 5])

@@ -339,7 +339,7 @@ def test_the_group_that_is_shown_first_is_one_to_learn_from(make_config, capsys)
     rollouts = group(0.0, 0.0) + group(0.0, 1.0)
     for r in rollouts[:2]:
         r.dead = True
-    words = SimpleNamespace(convert_ids_to_tokens=lambda ids: [f"<{i}>" for i in ids])
+    words = SimpleNamespace(decode=lambda ids: "".join(f"<{i}>" for i in ids))
     weights = torch.tensor([0.1, 0.2, 0.3, 0.4])
     show_group(rollouts, lambda *args, **totals: weights, words, make_config(group_size=2))
     out = capsys.readouterr().out
