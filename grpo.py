@@ -562,7 +562,7 @@ def setup(config: Config) -> loading.Run:
 
 def train(config: Config) -> dict[str, Any]:
     """The whole run. Returns first and last evaluation, seconds, tokens, and the run's folder."""
-    started, run = time.time(), setup(config)
+    started, run = time.monotonic(), setup(config)
     accelerator, folder = run.accelerator, run.folder
     step, tokens = run.state["step"], run.state.get("tokens", 0)
     config = replace(config, kl_coef=run.state.get("kl_coef", config.kl_coef))
@@ -573,10 +573,12 @@ def train(config: Config) -> dict[str, Any]:
         saved = run.model, run.tokenizer, run.optimizer
         folder.save_checkpoint(step, *saved, config.keep_last, **state)
 
-    with terminal.progress(config, step, accelerator) as progress:
+    evaluate = partial(evaluation.evaluate_and_log, answer, run, config, save_checkpoint)
+
+    with terminal.progress(config, step, accelerator, started) as progress:
         while not progress.stopping():
             if evaluation.is_due(step, folder.evaluations, config):
-                evaluation.evaluate_and_log(answer, run.task, run.problems, config, step, folder)
+                evaluate(step)
             if step == config.steps or progress.stopping():
                 break
             step, clock = step + 1, metrics.Stopwatch()
@@ -604,18 +606,19 @@ def train(config: Config) -> dict[str, Any]:
             if step % config.save_steps == 0 or step == config.steps:
                 save_checkpoint()
 
-    result = folder.close(started, tokens)
-    if not folder.evaluations or folder.evaluations[-1]["step"] < config.steps:
+    done = evaluation.is_done(folder.evaluations, config)
+    if not done:
         if not folder.has_checkpoint(step):
             save_checkpoint()
-        print(f"stopped after step {step}; go on with: python grpo.py --resume {folder.path}")
-        return result | {"interrupted": True}
-    if config.steps == 0:
+        if progress.out_of_time:
+            evaluate(step)
+        evaluation.show_stopped(folder, step)
+    if config.steps == 0 and done:
         show_one_group(run, config)
-    else:
+    elif done or progress.out_of_time:
         folder.save_final(run.model, run.tokenizer, run.optimizer)
-        evaluation.show_result(folder, time.time() - started)
-    return result
+        evaluation.show_result(folder, time.monotonic() - started)
+    return folder.close(started, tokens, interrupted=not (done or progress.out_of_time))
 
 
 def show_one_group(run: loading.Run, config: Config) -> None:

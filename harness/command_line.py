@@ -20,6 +20,7 @@ import yaml
 
 from harness.setting_help import Setting, help_text, settings_of
 from harness.settings import CHANGEABLE_ON_RESUME, HERE, PRESET, Config
+from harness.streams import steady
 from tasks import TASKS, UsageError
 from tasks.names import ask_the_hub_only_if_it_is_there, check_local, near
 
@@ -102,7 +103,8 @@ def stray(word: str, settings: dict[str, Setting]) -> str:
 def errors_as_lines(*more: type[Exception]):
     """Ends the program with one line on what a person has to change (UsageError, and `more`); with none on Ctrl-C."""
     try:
-        yield
+        with steady():
+            yield
     except (UsageError, *more) as error:
         process = f"process {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
         sys.exit(f"error: {process}{error}")
@@ -176,10 +178,11 @@ def read_yaml(file: Path, settings: dict[str, Setting]) -> dict:
         beside = (path.stem for path in file.parent.glob(f"*{file.suffix}"))
         raise UsageError(f"there is no file {file}{near(file.stem, beside)}")
     try:
-        found = yaml.safe_load(file.read_text())
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
-        where, why = f", line {mark.line + 1}" if mark else "", getattr(error, "problem", None) or error
+        where = f", line {mark.line + 1}" if mark else ""
+        why = getattr(error, "problem", None) or " ".join(str(error).split())
         raise UsageError(f"{file}{where}: {why}; settings are lines `name: value`") from error
     if not isinstance(found, dict):
         raise UsageError(f"{file} is no file of settings, which are lines `name: value`")
@@ -205,7 +208,7 @@ def parse_config(argv: list[str]) -> Config:
     if {"-h", "--help"} & set(argv):
         parse(Config, ["--help"], usage, about)
     if "--version" in argv:
-        print(re.search(r'^version = "(.*)"', (HERE / "pyproject.toml").read_text(), re.MULTILINE)[1])
+        print(re.search(r'^version = "(.*)"', (HERE / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[1])
         sys.exit(0)
     config_flag = Setting("config", str, [], "a YAML file of settings", "")
     flags = flags_of(argv, settings | {"config": config_flag})
@@ -218,7 +221,7 @@ def parse_config(argv: list[str]) -> Config:
     if given["resume"]:
         if files:
             raise UsageError("--resume uses the run's own settings: leave --config out")
-        files = [Path(given["resume"]) / "config.yaml"]
+        files = [run_of(Path(given["resume"])) / "config.yaml"]
         if not files[0].is_file():
             raise UsageError(f"{given['resume']} is no run's folder: there is no config.yaml in it")
     elif not (files or given["model"] or given["task"]):
@@ -229,13 +232,17 @@ def parse_config(argv: list[str]) -> Config:
     if not given["resume"]:  # which needs the checkpoint, and no longer what it began with
         check_model_and_task(given["model"] or named.get("model"), given["task"] or named.get("task"), files)
     words = [f"--{name}={value}" for name, value in flags if name != "config"]
+    said = dict(flags).get("trust_remote_code") or os.environ.get("GRPO_TRUST_REMOTE_CODE")
+    if named.get("trust_remote_code") and not said:
+        words.append("--trust_remote_code=false")
+        print(f"{files[-1]} trusts a model's own code: that has to be said again, with --trust_remote_code")
     config = parse(Config, words, usage, about, files, "GRPO")
     check_can_be_written(Path(config.runs))
     same_run = CHANGEABLE_ON_RESUME - {"steps", "eval_steps"} | {"seed", "config"}
     if "about" not in given and {name for name, _ in flags} - same_run:
         config = dataclasses.replace(config, about="")  # what is said of a recipe need not be so of another
     if given["resume"]:
-        check_resumed(Config(**yaml.safe_load(files[0].read_text())), config)
+        check_resumed(Config(**named), config)
     return config
 
 
@@ -250,7 +257,8 @@ def check_arguments(argv: list[str]) -> None:
     for logger, begin in NOISE:
         logging.getLogger(logger).addFilter(lambda record, begin=begin: not record.getMessage().startswith(begin))
     if os.environ.get("RANK", "0") == "0":
-        print(f"loading torch, and then {config.model} ...", flush=True)
+        with steady():
+            print(f"loading torch, and then {config.model} ...", flush=True)
 
 
 def check_model_and_task(model: str, task: str, files: list[Path]) -> None:
@@ -297,6 +305,8 @@ def check_hub_has(model: str) -> None:
 def check_can_be_written(folder: Path) -> None:
     """Raises UsageError if `folder` cannot be made or written into."""
     while not folder.exists() and folder != folder.parent:
+        if folder.is_symlink():
+            raise UsageError(f"the run's folder cannot be made: {folder} is a link to nothing")
         folder = folder.parent
     if not folder.is_dir():
         raise UsageError(f"the run's folder cannot be made: {folder} is a file")
@@ -306,12 +316,18 @@ def check_can_be_written(folder: Path) -> None:
         raise UsageError(f"the run's folder cannot be made in {folder}: {error.strerror}") from error
 
 
+def run_of(resumed: Path) -> Path:
+    """The run's folder, of which one may also give a checkpoint."""
+    is_checkpoint = re.fullmatch("checkpoint-[0-9]+", resumed.name) and not (resumed / "config.yaml").exists()
+    return resumed.parent if is_checkpoint else resumed
+
+
 def check_resumed(before: Config, config: Config) -> None:
     """Raises UsageError if a setting has changed that may not change on the way."""
     for f in dataclasses.fields(Config):
         was, now = getattr(before, f.name), getattr(config, f.name)
         is_fixed = f.name not in CHANGEABLE_ON_RESUME or (f.name == "steps" and config.lr_schedule != "constant")
-        if was != now and is_fixed:
+        if was != now and is_fixed and f.name not in config.may_have_changed:
             why = f"what can change: {', '.join(sorted(CHANGEABLE_ON_RESUME - {'resume'}))}"
             if f.name == "steps":
                 why = (

@@ -1,6 +1,7 @@
 """Evaluation: how often the model is right, with intervals; what that says about learning; and the table of it."""
 
 import math
+import shlex
 from statistics import fmean
 
 import torch
@@ -17,6 +18,11 @@ def is_due(step: int, evaluations: list[dict], config: Config) -> bool:
     """Before the first step, after the last and every `eval_steps`; but not again in a run that was resumed there."""
     in_turn = step in (0, config.steps) or (config.eval_steps and step % config.eval_steps == 0)
     return bool(in_turn) and (not evaluations or evaluations[-1]["step"] < step)
+
+
+def is_done(evaluations: list[dict], config: Config) -> bool:
+    """Whether the last evaluation of the run has been made."""
+    return bool(evaluations) and evaluations[-1]["step"] >= config.steps
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -66,13 +72,15 @@ def evaluate(complete, task, problems: list[Problem], config: Config, step: int)
     return row, details
 
 
-def evaluate_and_log(complete, task, problems: list[Problem], config: Config, step: int, folder: RunFolder) -> None:
-    """An evaluation on the way, from `evaluate` to the folder and the terminal."""
+def evaluate_and_log(complete, run, config: Config, save_checkpoint, step: int) -> None:
+    """An evaluation on the way, from `evaluate` to the folder and the terminal; the best so far is saved."""
     try:
-        row, details = evaluate(complete, task, problems, config, step)
+        row, details = evaluate(complete, run.task, run.problems, config, step)
     except EvaluationStopped:
         return  # a resumed run evaluates here again
-    folder.log_evaluation(row, details)
+    run.folder.log_evaluation(row, details)
+    if run.folder.has_new_best(step):
+        save_checkpoint()
     if step == 0 or step < config.steps:  # the last one is shown beside the first
         tqdm.write(evaluation_table([row]) + ("" if step else f"\n  {verdict(row)}"))
 
@@ -118,12 +126,21 @@ def evaluation_table(rows: list[dict]) -> str:
 
 def show_result(folder: RunFolder, seconds: float) -> None:
     """The last lines of a run: before and after, and the commands that show more of it."""
-    print(evaluation_table([folder.evaluations[0], folder.evaluations[-1]]))
-    run = folder.path
+    last, best = folder.evaluations[-1], folder.best_step()
+    print(evaluation_table([folder.evaluations[0], last]))
+    run, quoted = folder.path, lambda path: shlex.quote(str(path))
     print(f"{seconds:.0f} s. The model is in {run / 'final'}, its curves are in {run / 'curves.png'}.")
-    print(f"  see the whole run     python -m view report {run}")
-    print(f"  try the model         python -m view play {run}")
-    print(f"  train it further      python grpo.py --config {run / 'config.yaml'} --model {run / 'final'}")
+    row = next(row for row in folder.evaluations if row["step"] == best)
+    if row["accuracy_sampled_low"] > last["accuracy_sampled_high"] and best:
+        print(f"The model after step {best} was better than the last one: {folder.path / f'checkpoint-{best}'}.")
+    print(f"  see the whole run     python -m view report {quoted(run)}")
+    print(f"  try the model         python -m view play {quoted(run)}")
+    again = f"--config {quoted(run / 'config.yaml')} --model {quoted(run / 'final')}"
+    print(f"  train it further      python grpo.py {again}")
+
+
+def show_stopped(folder: RunFolder, step: int) -> None:
+    print(f"stopped after step {step}; go on with: python grpo.py --resume {shlex.quote(str(folder.path))}")
 
 
 def verdict(row: dict) -> str:

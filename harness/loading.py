@@ -24,6 +24,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from harness import memory, trackers
+from harness.checkpoints import changed_settings
 from harness.files import local_name
 from harness.model_checks import check_positions, switch_off_noise
 from harness.prompts import Problem, evaluation_problems
@@ -66,8 +67,10 @@ def load(config: Config) -> Run:
     torch.manual_seed(config.seed)  # for whatever draws without a generator of its own, such as someone's task
     task = load_task(config.task, config.task_args, config.reward_seconds)
     accelerator = make_accelerator(config)
-    folder = RunFolder(Path(config.resume), accelerator.is_main_process) if config.resume else None
+    folder = RunFolder.resumed(config.resume, accelerator.is_main_process) if config.resume else None
     checkpoint = folder.newest_whole(config.steps) if folder else None
+    if checkpoint:
+        folder.changed = changed_settings(checkpoint, config)
     if folder and (config.kl_coef > 0 or not checkpoint):  # the reference is the model of the beginning
         with readable_errors(config.model):
             folder.check_base(config.model)
@@ -110,7 +113,8 @@ def load_model_config(name: str, trust_remote_code: bool = False):
         ask_the_hub_only_if_it_is_there()
     config_file = Path(name) / "config.json"
     with readable_errors(name):
-        if config_file.is_file() and json.loads(config_file.read_text()).get("model_type") == "mathformer":
+        said = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+        if said.get("model_type") == "mathformer":
             import_module("mathformer")  # registers the architecture
         if name.endswith(".gguf") or (not config_file.exists() and any(Path(name).glob("*.gguf"))):
             raise UsageError(f"model {name!r} is in GGUF, for inference alone: give the model that it was made from")

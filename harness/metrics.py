@@ -154,11 +154,11 @@ class Stopwatch:
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
-        self.started = time.time()
+        self.started = time.monotonic()
 
     def lap(self, name: str) -> None:
         """`name` took the time since the last lap, or since the start."""
-        self.seconds[f"seconds_{name}"] = time.time() - self.started - sum(self.seconds.values())
+        self.seconds[f"seconds_{name}"] = time.monotonic() - self.started - sum(self.seconds.values())
 
 
 def step_row(

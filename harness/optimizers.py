@@ -100,11 +100,15 @@ def packed_moments(optimizer) -> dict[str, torch.Tensor]:
 
 
 def load_moments(optimizer, packed: dict[str, torch.Tensor]) -> None:
-    """Undoes `packed_moments`."""
+    """Undoes `packed_moments`. Raises UsageError if they are not those of this optimizer's parameters."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     states: dict[int, dict] = {}
     for name, value in packed.items():
         i, key, *part = name.split(".")
+        if not i.isdigit() or int(i) >= len(parameters):
+            raise UsageError(f"the optimizer's state has {name}, and there are {len(parameters)} parameters")
+        if value.ndim and not part and value.shape != parameters[int(i)].shape:
+            raise UsageError(f"the optimizer's state has {name} of the shape {list(value.shape)}, not the parameter's")
         state = states.setdefault(int(i), {})
         if part:
             state.setdefault(key, {})[part[0]] = value

@@ -1,18 +1,18 @@
 """What a run leaves behind: the files of its folder, each written whole or not at all, and how to go on from them."""
 
 import csv
-import dataclasses
+import errno
 import hashlib
 import io
-import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import time
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -20,11 +20,26 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from harness import parallel
-from harness.files import checksum, checksums, checksums_of_model, sync_to_disk
+from harness import checkpoints, curves, parallel
+from harness.checkpoints import LOGS, fixed_settings, number_of, read_state, write_state
+from harness.files import (
+    FORMAT,
+    Lock,
+    as_line,
+    check_format_of,
+    checksum,
+    checksums,
+    checksums_of_model,
+    first_damaged_line,
+    may_fail,
+    read_json,
+    read_rows,
+    sync_to_disk,
+    write_whole,
+)  # fmt: skip
 from harness.model_card import model_card
 from harness.optimizers import load_moments, packed_moments
-from harness.settings import CHANGEABLE_ON_RESUME, Config, UsageError
+from harness.settings import Config, UsageError
 from harness.trackers import Trackers
 
 
@@ -34,35 +49,51 @@ class RunFolder:
     Of several processes only the main one writes; what needs all of them, such as gathering weights, all of them call.
     """
 
-    LOGS = ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl")  # these only ever grow
-
     def __init__(self, path: Path, writes: bool = True):
         self.path, self.writes, self.engine = path, writes, None  # DeepSpeed's, which keeps the moments to itself
         self.evaluations: list[dict] = []  # the rows of eval.jsonl, once the run has started
+        self.changed: dict[str, list] = {}  # settings that are not what it was trained with so far
+        self.lock_held: Lock | None = None
 
     @classmethod
     def create(cls, config: Config, writes: bool = True) -> "RunFolder":
         """A new folder under `config.runs`; an existing one is never written into."""
-        return cls(parallel.of_main_process(cls._make(config) if writes else None), writes)
+        made = parallel.of_main_process(cls._make(config) if writes else None)
+        return cls(made, writes).lock()
 
     @classmethod
     def _make(cls, config: Config) -> Path:
-        fixed = {k: v for k, v in dataclasses.asdict(config).items() if k not in CHANGEABLE_ON_RESUME}
-        digest = hashlib.sha256(json.dumps(fixed, sort_keys=True, default=str).encode()).hexdigest()
+        fixed = json.dumps(fixed_settings(config), sort_keys=True)
+        digest = hashlib.sha256(fixed.encode()).hexdigest()
         task, model = (re.split("[/:]", name.rstrip("/"))[-1] for name in (config.task, config.model))
         name = f"{task}-{model}-s{config.seed}-{digest[:6]}"
         if config.steps == 0:  # a look at the base: the next look takes its place
             name += "-steps0"
-            if not any((Path(config.runs) / name).glob("checkpoint-*")):
-                shutil.rmtree(Path(config.runs) / name, ignore_errors=True)
-        for i in itertools.count(1):
-            path = Path(config.runs) / (name if i == 1 else f"{name}-{i}")
-            with suppress(FileExistsError):
-                path.mkdir(parents=True)
-                break
-        for log in cls.LOGS:
+            look = Path(config.runs) / name
+            if look.exists() and not any(look.glob("checkpoint-*")):
+                with suppress(UsageError):  # somebody is looking
+                    Lock(look).release()
+                    shutil.rmtree(look, ignore_errors=True)
+        path = checkpoints.make_folder(Path(config.runs), name)
+        for log in LOGS:
             (path / log).touch()
         return path
+
+    @classmethod
+    def resumed(cls, resume: str, writes: bool = True) -> "RunFolder":
+        """That of `--resume`: a run's folder; of one of its checkpoints, a new run that begins with its first steps."""
+        path = Path(resume)
+        check_format_of(path)
+        if not re.fullmatch("checkpoint-[0-9]+", path.name):
+            return cls(path, writes).lock()
+        made = parallel.of_main_process(checkpoints.branch(path) if writes else None)
+        return cls(made, writes).lock()
+
+    def lock(self) -> "RunFolder":
+        """One process writes into a folder: raises UsageError if another one does."""
+        if self.writes and self.path.is_dir():
+            self.lock_held = Lock(self.path)
+        return self
 
     @contextmanager
     def writing(self, what: str):
@@ -72,9 +103,10 @@ class RunFolder:
         except (OSError, SafetensorError) as error:
             shutil.rmtree(self.path / ".partial", ignore_errors=True)
             stands = f"{self.checkpoints()[-1].name} stands" if self.checkpoints() else "there is no checkpoint yet"
+            full = any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
             raise UsageError(
-                f"{what} in {self.path} could not be written: {str(error).splitlines()[0]}; {stands}. Free some space, "
-                f"and go on with --resume {self.path}"
+                f"{what} in {self.path} could not be written: {str(error).splitlines()[0]}; {stands}. "
+                f"{'Free some space, and go' if full else 'Go'} on with --resume {shlex.quote(str(self.path))}"
             ) from error
 
     def write_whole(self, name: str, text: str) -> None:
@@ -82,31 +114,32 @@ class RunFolder:
         if not self.writes:
             return
         with self.writing(name):
-            partial = self.path / f".{name}"
-            partial.write_text(text)
-            sync_to_disk(partial)
-            partial.replace(self.path / name)
+            write_whole(self.path / name, text)
 
     def write_config(self, config: Config) -> None:
-        self.write_whole("config.yaml", yaml.safe_dump(dataclasses.asdict(config) | {"resume": ""}, sort_keys=False))
+        settings = asdict(config) | {"resume": "", "allow_changed": ""}
+        self.write_whole("config.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
     def start(self, config: Config, step: int) -> None:
         """Called once everything is checked and loaded; `step` is the one that the run goes on from."""
         self.write_config(config)
-        if step == 0 and self.writes and not (self.path / "base.json").exists():
-            self.write_whole("base.json", json.dumps(checksums_of_model(config.model)))
+        if step == 0 and self.writes and not (self.path / "run.json").exists():
+            self.write_whole("run.json", json.dumps({"format": FORMAT, "model": checksums_of_model(config.model)}))
+        for name, (was, now) in self.changed.items():
+            print(f"{name} was {was!r} up to step {step}, and is {now!r} from now on")
+        if self.changed:
+            self.append("changes.jsonl", [{"step": step, "changed": self.changed}])
         self.config, self.evaluations = config, self.read("eval.jsonl")
-        self.trackers = Trackers(config if self.writes else dataclasses.replace(config, report_to=""), self.path, step)
+        self.trackers = Trackers(config if self.writes else replace(config, report_to=""), self.path, step)
 
     def append(self, name: str, rows: list[dict]) -> None:
         if not self.writes:
             return
-        with self.writing(name), open(self.path / name, "a") as file:
+        with self.writing(name), open(self.path / name, "a", encoding="utf-8") as file:
             file.writelines(as_line(row) for row in rows)
 
     def read(self, name: str) -> list[dict]:
-        with open(self.path / name) as file:
-            return [json.loads(line) for line in file]
+        return read_rows(self.path / name)
 
     def log_step(self, row: dict, rollouts: list) -> None:
         """One row in metrics.jsonl, and one row for each completion in rollouts.jsonl."""
@@ -148,24 +181,32 @@ class RunFolder:
             tokenizer.save_pretrained(partial)
             # a safetensors file, but not by its name: vLLM would take it for weights of the model
             save_file(moments, partial / "optimizer.state")
-            state |= {"step": step, "checksums": checksums(partial)}
-            logs = [log for name in self.LOGS if (log := self.path / name).exists()]
-            state["log_sizes"] = {log.name: log.stat().st_size for log in logs}
-            (partial / "state.json").write_text(json.dumps(state))
+            state |= {"step": step, "checksums": checksums(partial), "moments": len(moments)}
+            state |= {"settings": fixed_settings(self.config)} if hasattr(self, "config") else {}
+            write_state(partial, self.path, state)
+            logs = [log for name in LOGS if (log := self.path / name).exists()]
             for path in (*logs, *partial.rglob("*"), partial):
                 sync_to_disk(path)
             shutil.rmtree(whole, ignore_errors=True)  # one that was damaged
             partial.rename(whole)
             sync_to_disk(self.path)
-        self.write_csv()
-        for old in self.checkpoints()[:-keep_last]:
+        with may_fail("metrics.csv"):
+            self.write_csv()
+        kept = {whole, self.best_checkpoint()}
+        earlier = [old for old in self.checkpoints() if number_of(old) < step and old not in kept]
+        for old in earlier[: len(earlier) - (keep_last - 1)]:
             shutil.rmtree(old)
 
-    def close(self, started: float, tokens: int) -> dict[str, Any]:
+    def close(self, started: float, tokens: int, interrupted: bool = False) -> dict[str, Any]:
         """Ends the trackers; returns what `train` does: first and last evaluation, seconds, tokens, the path."""
-        self.trackers.finish()
+        with may_fail("the end of the trackers"):
+            self.trackers.finish()
+        if self.lock_held:
+            self.lock_held.release()
         first, last = (self.evaluations[0], self.evaluations[-1]) if self.evaluations else (None, None)
-        return dict(first=first, last=last, seconds=round(time.time() - started, 1), tokens=tokens, run=self.path)
+        seconds = round(time.monotonic() - started, 1)
+        result = dict(first=first, last=last, seconds=seconds, tokens=tokens, run=self.path)
+        return result | ({"interrupted": True} if interrupted else {})
 
     def save_final(self, model, tokenizer, optimizer) -> Path:
         """final/: the model as a Hugging Face folder, for from_pretrained and vLLM, with its model card."""
@@ -177,11 +218,14 @@ class RunFolder:
             shutil.rmtree(partial, ignore_errors=True)
             model.save_pretrained(partial, state_dict=weights)
             tokenizer.save_pretrained(partial)
-            shutil.copy(self.plot(), partial / "curves.png")
-            card = model_card(self.config, model.config.model_type, self.evaluations, self.read("metrics.jsonl"))
-            (partial / "README.md").write_text(card)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
+        with may_fail("curves.png"):
+            shutil.copy(curves.plot(self.path), final / "curves.png")
+        with may_fail("the model card"):
+            rows = self.evaluations, self.read("metrics.jsonl")
+            card = model_card(self.config, model.config.model_type, *rows)
+            (final / "README.md").write_text(card, encoding="utf-8")
         return final
 
     def write_csv(self) -> None:
@@ -193,8 +237,25 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """Those of this run, the oldest first. Whatever else a person calls `checkpoint-...` is not one of them."""
-        found = [path for path in self.path.glob("checkpoint-*") if re.fullmatch("checkpoint-[0-9]+", path.name)]
-        return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+        exact = re.compile("checkpoint-(0|[1-9][0-9]*)")
+        found = [path for path in self.path.glob("checkpoint-*") if exact.fullmatch(path.name)]
+        return sorted((path for path in found if path.is_dir() and not path.is_symlink()), key=number_of)
+
+    def best_step(self) -> int:
+        """The step after which most sampled answers of the evaluation were right: the first such; 0 is the base."""
+        if not self.evaluations:
+            return 0
+        return max(self.evaluations, key=lambda row: (row["accuracy_sampled"], -row["step"]))["step"]
+
+    def best_checkpoint(self) -> Path | None:
+        """The one that `keep_best` keeps."""
+        keeps = self.evaluations and self.config.keep_best and self.best_step()
+        return self.path / f"checkpoint-{self.best_step()}" if keeps else None
+
+    def has_new_best(self, step: int) -> bool:
+        """Whether what was just evaluated is to be kept, and is not yet."""
+        is_best = self.best_checkpoint() == self.path / f"checkpoint-{step}"
+        return parallel.of_main_process(is_best) and not self.has_checkpoint(step)
 
     def has_checkpoint(self, step: int) -> bool:
         """As the main process sees it, so that all processes agree."""
@@ -208,8 +269,8 @@ class RunFolder:
         """
         found = self.checkpoints()
         for checkpoint in reversed(found):
-            if not (damage := self.damage(checkpoint)):
-                if steps < int(checkpoint.name.split("-")[1]):
+            if not (damage := checkpoints.damage(checkpoint, self.path)):
+                if steps < number_of(checkpoint):
                     raise UsageError(f"{checkpoint} is past step {steps} already: ask for more --steps")
                 return checkpoint
             print(f"{checkpoint} is damaged ({damage}): taking the one before it")
@@ -219,81 +280,51 @@ class RunFolder:
 
     def check_base(self, name: str) -> None:
         """Raises UsageError if the model under this name is not the one that the run began with."""
-        record = self.path / "base.json"
-        began = json.loads(record.read_text()) if record.exists() else None  # as in runs of older versions
-        if began is not None and (now := checksums_of_model(name)) != began:
+        record = self.path / "run.json"
+        if not record.exists():  # as in runs of older versions
+            return
+        began, now = read_json(record).get("model", {}), checksums_of_model(name)
+        if now != began:
             changed = sorted(file for file in began.keys() | now.keys() if began.get(file) != now.get(file))
             raise UsageError(
                 f"{name} is not the model that {self.path} began with: {', '.join(changed)} changed, and the run needs "
                 "it as it was. Put it back, or start a new run"
             )
 
-    def damage(self, checkpoint: Path) -> str:
-        """What is wrong with it, if anything is."""
-        try:
-            saved = json.loads((checkpoint / "state.json").read_text())
-            for name, value in saved["checksums"].items():
-                if checksum(checkpoint / name) != value:
-                    return f"{name} has changed"
-            for name, size in saved["log_sizes"].items():
-                if (self.path / name).stat().st_size < size:
-                    return f"{name} is shorter than it was then"
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            return f"{type(error).__name__}: {error}"
-        return ""
-
     def resume(self, checkpoint: Path | None, optimizer, engine=None) -> dict[str, Any]:
         """Loads the optimizer from the checkpoint, cuts later rows off the logs; returns `step` and `state`.
 
         Without a checkpoint, as in a run that is new or was killed before its first one, the run begins at step 0.
         """
-        self.engine, saved = engine, {"step": 0, "log_sizes": dict.fromkeys(self.LOGS, 0)}
+        self.engine, saved = engine, {"step": 0, "log_sizes": dict.fromkeys(LOGS, 0)}
         if checkpoint:
-            saved = json.loads((checkpoint / "state.json").read_text())
+            saved = read_state(checkpoint)
             if engine:
                 engine.load_checkpoint(checkpoint / "deepspeed", tag="all")
             else:
-                load_moments(optimizer, load_file(checkpoint / "optimizer.state"))
-        for name, size in saved["log_sizes"].items() if self.writes else ():  # or a step that is done again would be
-            os.truncate(self.path / name, size)  # there twice
+                moments = load_file(checkpoint / "optimizer.state")
+                if len(moments) != saved.get("moments", len(moments)):
+                    raise UsageError(f"{checkpoint}/optimizer.state has {len(moments)} tensors, not {saved['moments']}")
+                load_moments(optimizer, moments)
+        if self.writes:
+            for name, size in saved["log_sizes"].items():
+                self.cut(name, size)
+                if saved.get("log_checksums", {}).get(name) not in (None, checksum(self.path / name)):
+                    print(f"{self.path / name} is not what it was at {checkpoint.name}: the run goes on with it")
         return saved
 
-    def plot(self) -> Path:
-        """curves.png: thin lines are steps, thick ones running means, points evaluations with 95 % intervals."""
-        from matplotlib.figure import Figure  # without pyplot: no window, no global state
-
-        metrics, evaluations = self.read("metrics.jsonl"), self.read("eval.jsonl")
-        shown = "worked" if metrics and "worked" in metrics[0] else "format"  # `format`: of the right form
-        panels = {
-            "reward of the training prompts": {"reward": "tab:blue"},
-            "accuracy on the evaluation problems": {"accuracy": "black", "accuracy_sampled": "tab:orange"},
-            "length in tokens": {"length": "tab:blue", "length_correct": "tab:green", "length_wrong": "tab:red"},
-            f"share of {shown} answers": {shown: "tab:purple"},
-            "dead groups, truncated completions": {"zero_advantage_groups": "tab:gray", "truncated": "tab:brown"},
-            "entropy (nats a token), gradient norm": {"entropy": "tab:olive", "grad_norm": "tab:cyan"},
-        }
-        figure = Figure(figsize=(13, 6.5), layout="constrained")
-        for axis, (title, keys) in zip(figure.subplots(2, 3).flat, panels.items(), strict=True):
-            for key, color in keys.items():
-                rows = evaluations if key.startswith("accuracy") else metrics
-                points = [(row["step"], row[key], row) for row in rows if row.get(key) is not None]
-                steps, values = [p[0] for p in points], [p[1] for p in points]
-                if rows is evaluations:
-                    errors = [[p[1] - p[2][f"{key}_low"] for p in points], [p[2][f"{key}_high"] - p[1] for p in points]]
-                    axis.errorbar(steps, values, errors, color=color, marker="o", markersize=4, capsize=3, label=key)
-                else:
-                    width = max(1, len(values) // 40)
-                    smooth = [fmean(values[max(0, i - width) : i + width + 1]) for i in range(len(values))]
-                    axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-                    axis.plot(steps, smooth, color=color, linewidth=1.8, label=key)
-            if not {"length", "entropy"} & keys.keys():
-                axis.set_ylim(-0.03, 1.03)
-            axis.set(title=title, xlabel="step")
-            axis.grid(alpha=0.25)
-            axis.legend(fontsize=8)
-        figure.suptitle(self.path.name)
-        figure.savefig(self.path / "curves.png", dpi=110)
-        return self.path / "curves.png"
+    def cut(self, name: str, size: int) -> None:
+        """Takes off what was written after the checkpoint: a step that is done again would be there twice."""
+        log = self.path / name
+        if not log.exists() or log.stat().st_size < size:
+            print(f"{log} has lost rows: what is left of it is kept")
+            log.touch()
+        else:
+            os.truncate(log, size)
+        if damaged := first_damaged_line(log):
+            if name != "rollouts.jsonl":
+                raise UsageError(f"{log}, line {damaged} is damaged: put it right, or remove the line")
+            print(f"{log}, line {damaged} is damaged: reports leave it out")
 
 
 def whole_weights(model, optimizer) -> dict[str, torch.Tensor]:
@@ -303,7 +334,3 @@ def whole_weights(model, optimizer) -> dict[str, torch.Tensor]:
     weights |= {name: weight.cpu() for name, weight in parallel.whole_weights(model)}
     float32 = getattr(getattr(optimizer, "optimizer", optimizer), "float32_weights", [])
     return weights | dict(zip(dict(model.named_parameters()), float32, strict=False))
-
-
-def as_line(row: dict) -> str:
-    return json.dumps(row, ensure_ascii=False, default=str) + "\n"

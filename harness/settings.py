@@ -164,6 +164,8 @@ class Config:
     """write a checkpoint every so many steps"""
     keep_last: int = 2
     """checkpoints to keep"""
+    keep_best: bool = True
+    """keep the checkpoint of the best evaluation too: the one with most sampled answers right"""
     print_groups: int = 50
     """show two whole groups of completions every so many steps; 0 shows none"""
     reflection_words: list[str] = field(default_factory=lambda: list(REFLECTION_WORDS))
@@ -174,8 +176,12 @@ class Config:
     """project in the trackers; else WANDB_PROJECT or TRACKIO_PROJECT from the environment, else grpo"""
     run_name: str = ""
     """name of the run in the trackers; else WANDB_NAME from the environment, else that of the run's folder"""
+    max_minutes: float = 0.0
+    """end in this time: with a checkpoint, an evaluation and final/; 0 is no limit"""
     resume: str = ""
-    """folder of a run to go on with; its settings are used"""
+    """folder of a run to go on with, its settings are used; or one of its checkpoints, for a new run from there"""
+    allow_changed: str = ""
+    """with resume: settings that may be other ones than those it was trained with so far, with commas"""
 
     def __post_init__(self):
         if not self.model or not self.task:
@@ -189,6 +195,8 @@ class Config:
                 raise UsageError(f"{f.name} is {value}, it must be {LOWEST[f.name]} or more{why}")
             if f.name in ("temperature", "top_p", "lr", "grad_clip") and not 0 < value < math.inf:
                 raise UsageError(f"{f.name} is {value}, it must be greater than 0")
+        if unknown := sorted(self.may_have_changed - {f.name for f in dataclasses.fields(self)}):
+            raise UsageError(f"allow_changed has {', '.join(unknown)}, and there is no such setting")
         for word in self.reflection_words:
             try:
                 re.compile(word)
@@ -222,6 +230,10 @@ class Config:
             raise UsageError(f"minibatches is {self.minibatches}, it must divide the {rows} completions of a step")
 
     @property
+    def may_have_changed(self) -> set[str]:
+        return {name.strip() for name in self.allow_changed.split(",") if name.strip()}
+
+    @property
     def samples_all_tokens(self) -> bool:
         """Whether the sampler draws from the policy itself, and not from its most likely tokens only."""
         return self.top_k == 0 and self.top_p == 1
@@ -248,8 +260,10 @@ LOWEST = dict(group_size=2, prompts_per_step=1, max_prompt_tokens=1, max_complet
 LOWEST |= dict(minibatches=1, tokens_per_microbatch=1, eval_samples=1, save_steps=1, keep_last=1, steps=0, top_k=0)
 LOWEST |= dict(kl_coef=0, kl_target=0, clip_low=0, clip_high=0, warmup_steps=0, weight_decay=0, eval_steps=0)
 LOWEST |= dict(print_groups=0, kv_cache_gb=0, importance_cap=0, resample_rounds=0, overlong_share=0, reward_seconds=0)
+LOWEST |= dict(max_minutes=0)
 LOWEST |= dict(entropy_coef=0, seed=0)
 CHANGEABLE_ON_RESUME = {"steps", "eval_steps", "save_steps", "keep_last", "print_groups", "about", "runs", "resume"}
+CHANGEABLE_ON_RESUME |= {"keep_best", "max_minutes", "allow_changed", "trust_remote_code"}
 CHANGEABLE_ON_RESUME |= {"reflection_words", "report_to", "project", "run_name"}
 # what memory needs
 CHANGEABLE_ON_RESUME |= {"tokens_per_microbatch", "gradient_checkpointing", "offload_reference", "vllm_sleep"}

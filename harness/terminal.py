@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from harness import parallel
+from harness import parallel, streams
 from harness.metrics import Alarms, equal_rewards, groups_of
 from harness.settings import Config
 
@@ -70,20 +70,27 @@ def announce(config: Config, run) -> None:
 
 @contextmanager
 def finish_step_on_signal():
-    """Ctrl-C and SIGTERM set the event, so that the step is finished and saved; a second Ctrl-C stops at once."""
+    """Signals set the event, so that the step is finished and saved; a second one stops at once.
+
+    Ctrl-C is a person's. The others come from a scheduler whose time is over, or a terminal that was closed: then the
+    run is ended as well, with an evaluation and final/.
+    """
     stop = WATCH.stop
     stop.clear()
+    WATCH.out_of_time = False
 
     def on_signal(number, frame):
         if stop.is_set():
             raise KeyboardInterrupt
+        WATCH.out_of_time = number != signal.SIGINT
         stop.set()
         tqdm.write("stopping: a step is finished and saved first, an evaluation is left (once more to stop at once)")
 
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield stop
         return
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    before = {number: signal.signal(number, on_signal) for number in numbers}
     try:
         yield stop
     finally:
@@ -102,7 +109,7 @@ class Watch:
     LONG = 600  # seconds: of a longer evaluation one is told
 
     def __init__(self):
-        self.bar, self.stop = None, threading.Event()
+        self.bar, self.stop, self.out_of_time, self.seconds = None, threading.Event(), False, 0.0
 
     def tick(self, ended: torch.Tensor) -> None:
         """`ended` marks the completions that ended with this token. Raises EvaluationStopped on a signal."""
@@ -110,7 +117,7 @@ class Watch:
             return
         self.bar.update(int(ended.sum()))
         self.tokens += 1
-        seconds = time.time() - self.started
+        seconds = time.monotonic() - self.started
         if self.longest and seconds > 5:
             hours, self.longest = seconds / self.tokens * self.longest / 3600, 0
             if hours * 3600 > self.LONG:
@@ -125,7 +132,7 @@ class Watch:
         self.what = f"{problems:,} problems x {answers} completions of at most {limit:,} tokens"
         self.advice = "lower task_args.eval_size, eval_samples or max_completion_tokens"
         self.longest = limit * -(-total // config.sample_rows)  # passes through the model, if no answer ends by itself
-        self.started, self.tokens = time.time(), 0
+        self.started, self.tokens = time.monotonic(), 0
         shown = PartialState().is_main_process
         self.bar = tqdm(total=total, desc=f"evaluating {problems} x {answers}", leave=False, disable=not shown)
 
@@ -136,7 +143,7 @@ class Watch:
             yield done
         finally:
             self.bar.close()
-            self.bar = None
+            self.bar, self.seconds = None, time.monotonic() - self.started
             for other in list(getattr(tqdm, "_instances", ())):  # the run's bar: its ETA is of steps alone
                 other.unpause()
 
@@ -147,17 +154,32 @@ WATCH = Watch()
 class Progress:
     """The bar of a run, its alarms, and now and then two groups; `progress` makes it."""
 
-    def __init__(self, config: Config, step: int, shown: bool, stop: threading.Event):
+    def __init__(self, config: Config, step: int, shown: bool, stop: threading.Event, started: float):
         self.config, self.stop, self.alarms = config, stop, Alarms(config.epochs * config.minibatches)
+        self.ends, self.longest, self.last = started + 60 * config.max_minutes, 0.0, None
+        self.step, self.out_of_time = step, False
         self.bar = tqdm(total=config.steps, initial=step, unit="step", dynamic_ncols=True, disable=not shown)
 
     def stopping(self) -> bool:
-        """Whether somebody wants the run to stop: asked by all processes together."""
-        return parallel.any_process(self.stop.is_set())
+        """Whether somebody wants the run to stop, or its time is over: asked by all processes together."""
+        now = time.monotonic()
+        # the evaluation at the end takes about as long as the last one; and there are checkpoint and final/ to write
+        reserve = self.longest + 1.5 * WATCH.seconds + 3 * self.config.max_minutes
+        if self.config.max_minutes and not self.stop.is_set() and now + reserve > self.ends:
+            tqdm.write(f"max_minutes {self.config.max_minutes:g} is nearly over: the run saves, evaluates and ends")
+            WATCH.out_of_time = True
+            self.stop.set()
+        if streams.LOST.is_set():
+            self.stop.set()
+        stopping = parallel.any_process(self.stop.is_set())
+        self.out_of_time = parallel.any_process(WATCH.out_of_time) and self.step > 0
+        return stopping
 
     def show(self, row: dict, rollouts: list) -> None:
         """A step that is over. Raises UsageError where going on makes no sense."""
-        step, every = row["step"], self.config.print_groups
+        self.step = step = row["step"]
+        every, now = self.config.print_groups, time.monotonic()
+        self.longest, self.last = max(self.longest, now - (self.last or now)), now
         self.bar.update()
         self.bar.set_postfix_str(
             f"reward {row['reward']:.2f}, length {row['length']:.0f}, dead groups {row['zero_advantage_groups']:.0%}"
@@ -169,9 +191,9 @@ class Progress:
 
 
 @contextmanager
-def progress(config: Config, step: int, accelerator):
+def progress(config: Config, step: int, accelerator, started: float):
     """The `Progress` of a run that goes on from `step`; a signal lets the step be finished."""
     with finish_step_on_signal() as stop:
-        shown = Progress(config, step, bool(config.steps and accelerator.is_main_process), stop)
+        shown = Progress(config, step, bool(config.steps and accelerator.is_main_process), stop, started)
         yield shown
     shown.bar.close()

@@ -13,6 +13,7 @@ from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
+from harness.files import may_fail
 from harness.settings import Config, UsageError
 
 NAMES = ("tensorboard", "wandb", "trackio")
@@ -66,20 +67,25 @@ class Trackers:
         flat |= {f"pass_at_{k}": value for k, value in flat.pop("pass_at_k", {}).items()}
         values = {prefix + key: value for key, value in flat.items() if value is not None and key != "step"}
         for tracker in self.trackers:
-            tracker.log(values, step=row["step"])
+            with may_fail(f"a row in {tracker.name}"):
+                tracker.log(values, step=row["step"])
 
     def log_episodes(self, rows: list[dict]) -> None:
         """Rows of rollouts.jsonl as a table, in those trackers that have tables."""
         data = [[row[column] for column in COLUMNS] for row in rows]
         for tracker in self.trackers:
-            if tracker.name == "wandb":
-                tracker.log_table("episodes", list(COLUMNS), data, step=rows[0]["step"])
-            elif tracker.name == "trackio":
-                import pandas
-                import trackio
+            with may_fail(f"the table of {tracker.name}"):
+                self.log_table(tracker, data, rows[0]["step"])
 
-                table = trackio.Table(dataframe=pandas.DataFrame(data, columns=COLUMNS))
-                tracker.log({"episodes": table}, step=rows[0]["step"])
+    def log_table(self, tracker, data: list[list], step: int) -> None:
+        if tracker.name == "wandb":
+            tracker.log_table("episodes", list(COLUMNS), data, step=step)
+        elif tracker.name == "trackio":
+            import pandas
+            import trackio
+
+            table = trackio.Table(dataframe=pandas.DataFrame(data, columns=COLUMNS))
+            tracker.log({"episodes": table}, step=step)
 
     def finish(self) -> None:
         for tracker in self.trackers:

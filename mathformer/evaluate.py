@@ -90,9 +90,9 @@ def trained_on(checkpoint: str) -> dict:
     """What problems a model was trained on, as arguments of `ArithmeticTask`; {} if nothing says so."""
     folder = Path(checkpoint)
     if (folder / SETTINGS_FILE).is_file():
-        return task_settings(json.loads((folder / SETTINGS_FILE).read_text()))
+        return task_settings(json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8")))
     if (folder.parent / "config.yaml").is_file():  # a model in the folder of a GRPO run
-        return task_settings(yaml.safe_load((folder.parent / "config.yaml").read_text())["task_args"])
+        return task_settings(yaml.safe_load((folder.parent / "config.yaml").read_text(encoding="utf-8"))["task_args"])
     return {}
 
 
@@ -215,7 +215,7 @@ def evaluate(config: EvaluationConfig) -> dict | None:
         for layer, shares in enumerate(result["expert_load"]):
             print(f"  layer {layer + 1}: " + ", ".join(f"{share:.1%}" for share in shares))
     if config.out:
-        Path(config.out).write_text(json.dumps(result, indent=1) + "\n")
+        Path(config.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
 
 

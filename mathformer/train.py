@@ -224,8 +224,8 @@ def pretrain(config: PretrainConfig) -> bool:
     else:
         folder.path.mkdir(parents=True)
         (folder.path / "metrics.jsonl").touch()
-        (folder.path / SETTINGS_FILE).write_text(json.dumps(settings, indent=1) + "\n")
-    started, saved = time.time() - state["seconds"], state["step"]
+        (folder.path / SETTINGS_FILE).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    started, saved = time.monotonic() - state["seconds"], state["step"]
     tokens, right, answers = state["tokens"], state["right"], state["answers"]
     first_phase = round(config.steps * (1 - config.final_share))
     stream = iter(())
@@ -237,7 +237,7 @@ def pretrain(config: PretrainConfig) -> bool:
                 # Between two pools, everything random follows from these two: the place for a checkpoint.
                 torch.manual_seed(config.seed * 1_000_003 + step)  # dropout
                 if step > saved and (stop.is_set() or step - saved >= config.save_steps):
-                    state = dict(seconds=time.time() - started, tokens=tokens, right=right, answers=answers)
+                    state = dict(seconds=time.monotonic() - started, tokens=tokens, right=right, answers=answers)
                     folder.save_checkpoint(step, model, tokenizer, optimizer, 1, **state, rng=rng.getstate())
                     saved = step
                 if stop.is_set():
@@ -278,19 +278,19 @@ def pretrain(config: PretrainConfig) -> bool:
                     row["balance"] = round(balance.item(), 4)
                 bar.set_postfix({key: value for key, value in row.items() if key != "step"})
                 row |= dict(lr=round(learning_rate(config, step), 6), tokens=tokens)
-                folder.append("metrics.jsonl", [row | dict(seconds=round(time.time() - started, 1))])
+                folder.append("metrics.jsonl", [row | dict(seconds=round(time.monotonic() - started, 1))])
                 right = answers = 0
     bar.close()
     folder.write_csv()
     model.save_pretrained(folder.path)
     tokenizer.save_pretrained(folder.path)
-    settings |= dict(seconds=round(time.time() - started), answer_tokens=tokens)
-    (folder.path / SETTINGS_FILE).write_text(json.dumps(settings, indent=1) + "\n")
+    settings |= dict(seconds=round(time.monotonic() - started), answer_tokens=tokens)
+    (folder.path / SETTINGS_FILE).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     for checkpoint in folder.checkpoints():
         shutil.rmtree(checkpoint)
     if config.log_csv:
         shutil.copy(folder.path / "metrics.csv", config.log_csv)
-    print(f"saved {folder.path} after {time.time() - started:.0f} s and {tokens:,} answer tokens")
+    print(f"saved {folder.path} after {time.monotonic() - started:.0f} s and {tokens:,} answer tokens")
     return True
 
 
@@ -301,7 +301,8 @@ def interrupted_config(config: PretrainConfig) -> PretrainConfig:
     settings = Path(config.resume) / SETTINGS_FILE
     if not settings.exists() or not RunFolder(Path(config.resume)).checkpoints():
         raise ValueError(f"{config.resume} holds no checkpoint of a pretraining to go on from")
-    return PretrainConfig(output=config.resume, log_csv=config.log_csv, **json.loads(settings.read_text()))
+    kept = json.loads(settings.read_text(encoding="utf-8"))
+    return PretrainConfig(output=config.resume, log_csv=config.log_csv, **kept)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -45,7 +45,7 @@ def fold(text: str) -> str:
 def build(source: Path) -> nbformat.NotebookNode:
     """The notebook of a source; a cell's id is the notebook's number and its place, so that a rebuild changes none."""
     cells = []
-    for i, part in enumerate(re.split(r"^# %%", source.read_text(), flags=re.M)[1:]):
+    for i, part in enumerate(re.split(r"^# %%", source.read_text(encoding="utf-8"), flags=re.M)[1:]):
         head, _, body = part.partition("\n")
         is_text = "[markdown]" in head
         text = fold(re.sub(r"^# ?", "", body, flags=re.M).strip("\n")) if is_text else body.strip("\n")

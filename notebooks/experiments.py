@@ -109,7 +109,7 @@ def means_of_five(rows: list[dict]) -> list[dict]:
 
 def recorded(arm: str) -> list[dict]:
     """What benchmarks/workshop.py measured, one dict a seed: `seed`, `rows` (means of five steps), `first`, `last`."""
-    found = [row for line in RECORD.read_text().splitlines() if (row := json.loads(line))["arm"] == arm]
+    found = [row for line in RECORD.read_text(encoding="utf-8").splitlines() if (row := json.loads(line))["arm"] == arm]
     if not found:
         raise KeyError(f"no arm {arm!r} in {RECORD.name}: {', '.join(ARMS)}")
     return found

@@ -88,7 +88,7 @@ def read_template(name: str, known: dict[str, str], fields: tuple[str, ...]) -> 
     text = known.get(name)
     if text is None:
         is_file = len(name) < 1000 and Path(name).is_file()
-        text = Path(name).read_text() if is_file else name
+        text = Path(name).read_text(encoding="utf-8") if is_file else name
         missing = [field for field in fields if field not in text]
         if missing:
             raise ValueError(

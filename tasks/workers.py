@@ -118,21 +118,29 @@ class Workers:
                 if (result := worker.receive()) is None:
                     self.replace(at, found, "worker_died", "a worker for rewards died")
                 else:
-                    found[worker.job] = result
+                    late = result.pop("seconds") > self.seconds  # though it came before anyone looked
+                    found[worker.job] = self.wrong("timed_out", self.too_late) if late else result
                     worker.job, worker.deadline = None, float("inf")
             elif time.monotonic() > worker.deadline:
-                self.replace(at, found, "timed_out", f"reward() took longer than {self.seconds:g} s")
+                self.replace(at, found, "timed_out", self.too_late)
 
     def replace(self, at: int, found: list, part: str, reason: str) -> None:
-        """A new worker in its place. Its answer is wrong, and one line says so, once for each reason."""
+        """A new worker in its place; its answer is wrong."""
         self.workers[at].kill()
         if (job := self.workers[at].job) is not None:
-            wrong = dict(reward=0.0, correct=0.0, format=0.0, prediction=reason, ground_truth="")
-            found[job] = {"parts": wrong | {part: 1.0}}
+            found[job] = self.wrong(part, reason)
+        self.workers[at] = self.new_worker()
+
+    @property
+    def too_late(self) -> str:
+        return f"reward() took longer than {self.seconds:g} s"
+
+    def wrong(self, part: str, reason: str) -> dict:
+        """Says so once for each reason."""
         if reason not in self.said:
             self.said.add(reason)
             tqdm.write(f"{reason}: the answer counts as wrong, and {part} counts such answers")
-        self.workers[at] = self.new_worker()
+        return {"parts": dict(reward=0.0, correct=0.0, format=0.0, prediction=reason, ground_truth="") | {part: 1.0}}
 
 
 def kill_all(workers: list[Worker]) -> None:
@@ -181,15 +189,17 @@ def work(task, connection: Connection) -> None:
 
 
 def judged_here(task, text: str, example: dict) -> bytes:
+    started = time.monotonic()
     try:
         parts = task.reward(text, example)
         if isinstance(parts, dict):
             parts = {str(key): value.item() if hasattr(value, "item") else value for key, value in parts.items()}
-        return json.dumps({"parts": parts}, default=str).encode()
+        return json.dumps({"parts": parts, "seconds": time.monotonic() - started}, default=str).encode()
     except MemoryError:
         os._exit(1)
     except BaseException as error:
-        return json.dumps({"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}).encode()
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return json.dumps({"error": said, "seconds": 0.0}).encode()
 
 
 def end_with_parent(parent: int) -> None:

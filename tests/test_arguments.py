@@ -25,6 +25,7 @@ from conftest import PRETRAINED, pass_flags
 from safetensors.torch import load_file
 
 import grpo
+from harness import curves
 from mathformer import ArithmeticTask, evaluate, expressions, train, train_rl
 from tasks import load_task
 from tasks.competition_math import Math
@@ -747,7 +748,7 @@ def two_runs(tmp_path_factory):
     )
     settings |= dict(group_size=4, max_completion_tokens=40, max_prompt_tokens=48, steps=2, eval_samples=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grpo.RunFolder, "plot", lambda self: self.path / "config.yaml")
+        patch.setattr(curves, "plot", lambda folder: folder / "config.yaml")
         return [grpo.train(grpo.Config(**settings, seed=seed))["run"] for seed in (0, 1)]
 
 
@@ -840,8 +841,8 @@ DEFAULTS = {
     | dict(dead_groups="auto", resample_rounds=0, mask_truncated=False, overlong_share=0, offload_reference=False)
     | dict(optimizer="adamw", lr=1e-6, lr_schedule="constant", warmup_steps=0, weight_decay=0, grad_clip=1)
     | dict(tokens_per_microbatch=8192, gradient_checkpointing=False, eval_steps=50, eval_samples=8, runs="runs")
-    | dict(save_steps=50, keep_last=2, print_groups=50)
-    | dict.fromkeys(("model", "task", "about", "report_to", "project", "run_name", "resume"), ""),
+    | dict(save_steps=50, keep_last=2, keep_best=True, max_minutes=0, print_groups=50)
+    | dict.fromkeys(("model", "task", "about", "report_to", "project", "run_name", "resume", "allow_changed"), ""),
 }
 
 

@@ -86,7 +86,7 @@ def test_a_run_leaves_a_complete_folder(run, tmp_path, pays_length):
     assert folder.parent == tmp_path / "runs" and folder.name.startswith("arithmetic-")
     names = {path.name for path in folder.iterdir()}
     expected = {"config.yaml", "metrics.jsonl", "metrics.csv", "rollouts.jsonl", "eval.jsonl", "curves.png", "final"}
-    expected |= {"base.json"}
+    expected |= {"run.json", ".lock"}
     assert names == expected | {"eval-0.jsonl", "eval-2.jsonl", "eval-3.jsonl", "checkpoint-2", "checkpoint-3"}
 
     metrics = rows(folder, "metrics.jsonl")
@@ -639,7 +639,7 @@ def test_a_prompt_that_is_drawn_again_is_sampled_anew(run, monkeypatch, tmp_path
 
 def test_a_lap_takes_the_time_since_the_one_before(monkeypatch):
     times = iter([10.0, 11.0, 13.0, 17.0])
-    monkeypatch.setattr(metrics, "time", SimpleNamespace(time=lambda: next(times)))
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: next(times)))
     clock = metrics.Stopwatch()
     for name in "abc":
         clock.lap(name)

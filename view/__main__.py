@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 
 from harness.command_line import ArgumentParser, errors_as_lines
+from harness.files import check_format_of
 from harness.settings import Config
 from tasks import UsageError
 from view import report
@@ -21,7 +22,8 @@ from view import report
 def read_config(run: Path) -> Config:
     if not (run / "config.yaml").is_file():
         raise UsageError(f"{run} is no run's folder: there is no config.yaml in it")
-    settings = yaml.safe_load((run / "config.yaml").read_text())
+    check_format_of(run)
+    settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     unknown = sorted(settings.keys() - {f.name for f in dataclasses.fields(Config)})
     if unknown:
         raise UsageError(f"{run / 'config.yaml'} was written by another version: {', '.join(unknown)} is unknown")

@@ -87,4 +87,4 @@ def play(run: Path, config: Config, samples: int, seed: int) -> None:
             columns.append(lines)
         for line in problem.prompt.splitlines():
             print(printable(line, len(line)))
-        print(f"the answer is {found[0].parts['ground_truth']}\n{side_by_side(*columns, width)}\n")
+        print(f"the answer is {printable(str(found[0].parts['ground_truth']))}\n{side_by_side(*columns, width)}\n")

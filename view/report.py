@@ -22,6 +22,7 @@ from pathlib import Path
 import yaml
 
 from harness.command_line import ArgumentParser
+from harness.files import check_format_of
 from harness.settings import CHANGEABLE_ON_RESUME
 from tasks import UsageError
 
@@ -139,6 +140,8 @@ def load_rollouts(path: Path, group_size: int | None, most: int, most_bytes: int
         with open(path, "rb") as file:
             file.seek(group.begin)
             rows = [row for line in file.read(group.end - group.begin).split(b"\n") if (row := parse(line))]
+        if not rows:  # the file was cut since, as by a run that is resumed
+            continue
         shown.append({"step": group.step, "prompt_id": group.prompt_id, "dead": is_dead(rows), "rows": rows})
         counts = [[step, *count] for step, count in history[group.prompt_id].items()]
         prompts[group.prompt_id] = {"text": str(rows[0].get("prompt", "")), "trained": counts, "evaluated": []}
@@ -199,6 +202,7 @@ def check_folder(folder: Path) -> None:
         raise UsageError(f"there is no folder {folder}")
     if not any((folder / name).is_file() for name in LOGS):
         raise UsageError(f"{folder} is no folder of a run: it has none of {', '.join(LOGS)}")
+    check_format_of(folder)
 
 
 def load_run(folder: Path, most: int, most_bytes: int) -> dict:
@@ -214,6 +218,9 @@ def load_run(folder: Path, most: int, most_bytes: int) -> dict:
     run["command"] = f"python grpo.py --config {folder / 'config.yaml'}"
     run |= load_rollouts(folder / "rollouts.jsonl", group_size, most, most_bytes, notes)
     add_answers(folder, run["prompts"], notes)
+    best = max(evaluations, key=lambda row: row.get("accuracy_sampled", 0), default={}).get("step", 0)
+    if best and best != evaluations[-1].get("step") and (folder / f"checkpoint-{best}").is_dir():
+        notes.append(f"the best evaluation was after step {best}: its model is in checkpoint-{best}")
     known = {key for panels in METRICS.values() for keys in panels for key in keys.split() if "accuracy" not in key}
     if missing := sorted(known - OF_SOME_TASKS - {key for row in metrics for key in row}) if metrics else []:
         notes.append(f"metrics.jsonl has no {', '.join(missing)}: was it written by another version?")

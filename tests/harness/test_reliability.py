@@ -15,7 +15,9 @@ from kill_and_resume import run as kill_and_resume
 from safetensors.torch import load_file
 
 import grpo
-from harness import loading, run_folder
+from harness import files, loading
+from harness.checkpoints import LOGS
+from harness.checkpoints import damage as damage_of
 from harness.metrics import Alarms
 from harness.run_folder import RunFolder
 from harness.terminal import show_groups
@@ -117,8 +119,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(damage, run, 
     elif damage == "a file is missing":
         (newest / "config.json").unlink()
     else:
-        size = json.loads((stopped / "checkpoint-2" / "state.json").read_text())["log_sizes"]["rollouts.jsonl"]
-        (stopped / "rollouts.jsonl").write_bytes((stopped / "rollouts.jsonl").read_bytes()[: size + 3])
+        size = json.loads((stopped / "checkpoint-2" / "state.json").read_text())["log_sizes"]["metrics.jsonl"]
+        (stopped / "metrics.jsonl").write_bytes((stopped / "metrics.jsonl").read_bytes()[: size + 3])
     capsys.readouterr()
     resume(stopped)
     out = capsys.readouterr().out
@@ -127,7 +129,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(damage, run, 
     for name in ("model.safetensors", "optimizer.state"):
         a, b = load_file(whole / "checkpoint-6" / name), load_file(stopped / "checkpoint-6" / name)
         assert all(torch.equal(a[key], b[key]) for key in a)
-    assert not RunFolder(stopped).damage(stopped / "checkpoint-4"), "the damaged one was written again, and is whole"
+    assert not damage_of(stopped / "checkpoint-4", stopped), "the damaged one was written again, and is whole"
 
 
 def test_what_a_person_calls_a_checkpoint_is_left_alone(run):
@@ -210,7 +212,7 @@ def test_config_and_csv_are_replaced_whole(tmp_path, make_config, monkeypatch):
     folder = RunFolder.create(make_config(runs=str(tmp_path)))
     folder.write_config(make_config(runs=str(tmp_path)))
     before = (folder.path / "config.yaml").read_text()
-    monkeypatch.setattr(run_folder, "sync_to_disk", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(files, "sync_to_disk", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):  # killed while the new one is being written
         folder.write_config(make_config(runs=str(tmp_path), steps=7))
     assert (folder.path / "config.yaml").read_text() == before
@@ -387,7 +389,7 @@ def test_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name(run, monkeypa
     def named(self, target):
         if Path(target).name.startswith("checkpoint-"):
             needed = [path for path in self.rglob("*") if path.is_file()] + [self]
-            needed += [self.parent / name for name in RunFolder.LOGS]
+            needed += [self.parent / name for name in LOGS]
             missing.extend(path for path in needed if str(path) not in synced)
         return rename(self, target)
 

@@ -541,7 +541,7 @@ CASES = [
         0.01,
         "rewards counts",
         check_reward_seconds,
-        task_args='{"seconds": 0.012}',
+        task_args='{"seconds": 0.03}',
         may="evaluation passes layers",
     ),
     of("seed", 4, "prompts completions weights", check_seed, may="evaluation passes layers"),
@@ -674,6 +674,9 @@ ELSEWHERE = {
     "vllm_sleep": "harness/test_vllm.py::test_settings_of_vllm_reach_it",
     "project": "harness/test_settings.py::test_a_tracker_is_told_the_project_and_the_name_of_the_run",
     "run_name": "harness/test_settings.py::test_a_tracker_is_told_the_project_and_the_name_of_the_run",
+    "keep_best": "harness/test_survival.py::test_the_best_checkpoint_is_kept",
+    "max_minutes": "harness/test_survival.py::test_a_run_ends_in_time",
+    "allow_changed": "harness/test_survival.py::test_settings_that_were_edited_are_noticed",
     "resume": "test_run.py::test_interrupted_and_resumed_equals_uninterrupted",
 }
 
@@ -751,8 +754,10 @@ def test_a_tracker_is_told_the_project_and_the_name_of_the_run(seen, monkeypatch
 # Their names are in the error that refuses the others, and in the name of the run's folder they count for nothing.
 MAY_CHANGE = {"steps", "eval_steps", "save_steps", "keep_last", "print_groups", "about", "runs", "resume", "project"}
 MAY_CHANGE |= {"reflection_words", "report_to", "run_name", "tokens_per_microbatch", "gradient_checkpointing"}
+MAY_CHANGE |= {"keep_best", "max_minutes", "allow_changed", "trust_remote_code"}
 MAY_CHANGE |= {"offload_reference", "vllm_sleep", "reward_seconds", "kv_cache_gb"}
-VALUES = {"trust_remote_code": "true", "kv_cache_gb": 1, "vllm_sleep": "true", "project": "p", "run_name": "r"}
+VALUES = {"keep_best": "false", "max_minutes": 5, "allow_changed": "lr"}
+VALUES |= {"trust_remote_code": "true", "kv_cache_gb": 1, "vllm_sleep": "true", "project": "p", "run_name": "r"}
 VALUES |= {case.name: case.changed[case.name] for case in CASES if not case.base or len(case.changed) == 1}
 NEEDS = {"kl_target": dict(kl_coef=0.5), "resample_rounds": dict(dead_groups="resample", resample_rounds=1)}
 NEEDS |= {"kl_in": dict(kl_coef=0.5, advantage="rloo"), "importance_cap": dict(old_logps="trainer")}

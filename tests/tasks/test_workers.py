@@ -96,6 +96,13 @@ def test_what_does_not_return_is_killed_and_counted(text, task, capsys):
     assert rewards(task, "abcd")[0]["reward"] == 4
 
 
+def test_an_answer_that_came_too_late_is_wrong_whenever_it_is_looked_at(task):
+    task.workers.seconds = 0.2
+    assert task.workers.rewards([("slow", {"x": 1})])[0]["parts"]["timed_out"] == 1
+    task.workers.look = lambda found, look=task.workers.look: (time.sleep(0.5), look(found))
+    assert task.workers.rewards([("slow", {"x": 1})])[0]["parts"]["timed_out"] == 1
+
+
 def test_what_a_reward_started_is_killed_with_it(task):
     rewards(task, "program of this test")
     assert "program of this test" not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
