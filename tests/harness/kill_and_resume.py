@@ -1,7 +1,7 @@
 """Kills a run with SIGKILL at random moments, resumes it each time, and compares it with one that was never killed.
 
-    python tests/harness/kill_and_resume.py                 20 kills, some minutes
-    python tests/harness/kill_and_resume.py --kills 3       what the test suite does
+    python tests/harness/kill_and_resume.py                 20 kills, a minute
+    python tests/harness/kill_and_resume.py --kills 12      what the test suite does
 
 Every other kill waits for a checkpoint that is just being written. At the end weights, optimizer, rollouts,
 evaluations and metrics (but times and memory) must be equal to the last bit. Ends with 1 otherwise.
@@ -9,11 +9,10 @@ evaluations and metrics (but times and memory) must be equal to the last bit. En
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +21,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import grpo  # noqa: E402
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["grpo"])
 NOT_REPEATABLE = {"seconds_sample", "seconds_train", "seconds_sync", "tokens_per_second", "peak_memory"}
 
 
@@ -34,17 +38,26 @@ def command(runs: Path, steps: int) -> list[str]:
     return [*flags, "--task_args.eval_size", "8"]
 
 
-def start(arguments: list[str]) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    return subprocess.Popen([sys.executable, "grpo.py", *arguments], cwd=ROOT, env=environment, **quiet)
+def start(arguments: list[str], errors: str = os.devnull):
+    """`python grpo.py *arguments`, as a fork of a process that has imported it already."""
+    process = FORKS.Process(target=in_a_fork, args=[arguments, errors])
+    process.start()
+    return process
 
 
-def finish(arguments: list[str]) -> None:
-    process = start(arguments)
-    _, errors = process.communicate()
-    if process.returncode:
-        raise SystemExit(f"grpo.py ended with {process.returncode}:\n{errors.decode()[-2000:]}")
+def in_a_fork(arguments: list[str], errors: str) -> None:
+    for number, path in ((1, os.devnull), (2, errors)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    os.setsid()
+    torch.set_num_threads(1)
+    grpo.main(arguments)
+
+
+def finish(arguments: list[str], folder: Path) -> None:
+    process = start(arguments, str(folder / "errors"))
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"grpo.py ended with {process.exitcode}:\n{(folder / 'errors').read_text()[-2000:]}")
 
 
 def lines(path: Path) -> int:
@@ -57,18 +70,18 @@ def kill_somewhere(arguments: list[str], runs: Path, rng: random.Random, in_a_sa
     seen = sum(lines(path) for path in runs.glob("*/metrics.jsonl"))
     steps = seen + rng.randrange(0, 4)
     delay = rng.choice([0, 0, 0.002, 0.01, 0.03]) if in_a_save else rng.random() * 0.3
-    while process.poll() is None and time.time() - begun < 120:
+    while process.exitcode is None and time.time() - begun < 120:
         at = sum(lines(path) for path in runs.glob("*/metrics.jsonl"))
         saving = any(runs.glob("*/.partial"))
         if at >= steps and (saving if in_a_save else at > seen or time.time() - begun > 4):
             time.sleep(delay)
             saving = any(runs.glob("*/.partial"))
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.kill()
+            process.join()
             where = sum(lines(path) for path in runs.glob("*/metrics.jsonl"))
             return f"at step {where}" + (", in a save" if saving else "")
         time.sleep(0.0005)
-    process.wait()
+    process.join()
     return "done"
 
 
@@ -99,7 +112,7 @@ def run(kills: int, steps: int, seed: int, folder: Path) -> list[str]:
     """Differences between a run that was killed so often and one that was not."""
     rng, happened = random.Random(seed), []
     whole, killed = folder / "whole", folder / "killed"
-    finish(command(whole, steps))
+    finish(command(whole, steps), folder)
     for i in range(kills):
         resumable = list(killed.glob("*/config.yaml"))
         arguments = ["--resume", str(resumable[0].parent)] if resumable else command(killed, steps)
@@ -109,7 +122,7 @@ def run(kills: int, steps: int, seed: int, folder: Path) -> list[str]:
             if not (unfinished / "config.yaml").exists():
                 shutil.rmtree(unfinished)
     ((a,), (b,)) = whole.glob("*"), killed.glob("*")
-    finish(["--resume", str(b)])
+    finish(["--resume", str(b)], folder)
     return [*differences(a, b), *(["no kill was in time"] if "done" in happened else [])]
 
 

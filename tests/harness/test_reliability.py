@@ -82,7 +82,7 @@ def rows(folder: Path, name: str) -> list[dict]:
 
 def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
     """`python tests/harness/kill_and_resume.py` does this with 20 kills."""
-    assert kill_and_resume(kills=3, steps=16, seed=1, folder=tmp_path) == []
+    assert kill_and_resume(kills=12, steps=40, seed=1, folder=tmp_path) == []
 
 
 def test_the_comparison_of_runs_sees_what_differs(run, tmp_path):
