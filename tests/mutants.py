@@ -606,4 +606,55 @@ VERIFIERS = [
            "parts", ("tests/harness/test_no_silence.py::test_the_share_of_rewards_that_time_out_counts_those_that_do_not",)),
 ]  # fmt: skip
 
-MUTANTS = PITFALLS + WIRING + FURTHER + SEAMS + ONE_PAGE + FIRST_MINUTES + MODELS + HOSTILE + VERIFIERS
+
+def survives(test: str, mistake: str, where: str, old: str, new: str) -> Mutant:
+    return Mutant(mistake, where, old, new, (f"tests/harness/test_survival.py::{test}",))
+
+
+EDITED, BEST = "test_settings_that_were_edited_are_noticed", "test_the_best_checkpoint_is_kept"
+SCHEDULER = "test_a_scheduler_gets_an_evaluation_and_a_final_model"
+STATE = "test_what_state_json_says_is_checked_before_it_is_obeyed"
+SURVIVAL = [
+    survives("test_one_process_writes_into_a_folder", "a resumed run does not lock", "RunFolder.resumed",
+             "cls(path, writes).lock()", "cls(path, writes)"),
+    survives("test_a_run_holds_its_folder_from_the_first_step_on_and_lets_go_of_it", "a new run does not lock",
+             "RunFolder.create", "cls(made, writes).lock()", "cls(made, writes)"),
+    survives("test_a_look_at_the_base_does_not_take_away_the_folder_of_another_look", "a look is taken away",
+             "RunFolder._make", "Lock(look).release()", "None"),
+    survives("test_a_log_that_is_being_written_is_read_up_to_its_last_whole_line", "half a line is read", "read_rows",
+             'path.read_bytes().split(b"\\n")[:-1]', 'path.read_bytes().split(b"\\n")'),
+    survives("test_rotation_never_takes_the_checkpoint_that_was_just_written", "what was just written is rotated away",
+             "RunFolder.save_checkpoint", "number_of(old) < step and old not in kept", "old not in (self.best_checkpoint(),)"),
+    survives("test_links_and_foreign_names_are_left_alone", "links are rotated away", "RunFolder.checkpoints",
+             "path.is_dir() and not path.is_symlink()", "path.is_dir()"),
+    survives(BEST, "the best is rotated away", "RunFolder.save_checkpoint", "{whole, self.best_checkpoint()}", "{whole}"),
+    survives(BEST, "the best is the last", "RunFolder.best_step", 'max(self.evaluations, key=lambda row: '
+             '(row["accuracy_sampled"], -row["step"]))', "self.evaluations[-1]"),
+    survives(BEST, "the best is not saved", "evaluate_and_log", "run.folder.has_new_best(step)", "False"),
+    survives("test_a_picture_never_costs_a_model", "what may fail raises", "may_fail",
+             'tqdm.write(f"{what} could not be made: {type(error).__name__}: {reason}; all else goes on")', "raise"),
+    survives("test_no_flipped_bit_of_state_json_is_obeyed", "the checksum of the state is not compared", "read_state",
+             "own != own_checksum(state)", "False"),
+    survives(STATE, "logs of any name are cut", "read_state", "is_counts(sizes) and set(sizes) <= set(LOGS)", "is_counts(sizes)"),
+    survives(STATE, "files from anywhere are read", "is_inside", '".." not in PurePath(name).parts', "True"),
+    survives("test_moments_that_do_not_fit_are_refused", "moments are not counted", "RunFolder.resume",
+             'len(moments) != saved.get("moments", len(moments))', "False"),
+    survives("test_lost_rollouts_do_not_cost_weights", "weights need their rollouts", "damage", 'name != "rollouts.jsonl"', "True"),
+    survives("test_a_folder_does_not_say_that_code_is_trusted", "a folder says what is trusted", "parse_config",
+             'words.append("--trust_remote_code=false")', "None"),
+    survives(EDITED, "edited settings are not compared", "changed_settings", "name not in config.may_have_changed", "False"),
+    survives(EDITED, "changes are not logged", "RunFolder.start",
+             'self.append("changes.jsonl", [{"step": step, "changed": self.changed}])', "None"),
+    survives("test_half_a_surrogate_pair_is_escaped", "half a surrogate pair is fatal", "as_line",
+             'text.encode("utf-8", "backslashreplace").decode()', "text"),
+    survives("test_a_lost_terminal_is_no_lost_run", "a lost terminal is not noticed", "Progress.stopping",
+             "streams.LOST.is_set()", "False"),
+    survives(SCHEDULER, "a scheduler is like a person", "finish_step_on_signal.on_signal", "number != signal.SIGINT", "False"),
+    survives("test_a_person_gets_a_checkpoint_and_no_more", "a person is like a scheduler", "finish_step_on_signal.on_signal",
+             "number != signal.SIGINT", "True"),
+    survives("test_a_run_ends_in_time", "time is not looked at", "Progress.stopping", "now + reserve > self.ends", "False"),
+    survives("test_a_run_ends_in_time", "no time is left for the end", "Progress.stopping",
+             "self.longest + 1.5 * WATCH.seconds + 3 * self.config.max_minutes", "0"),
+]  # fmt: skip
+
+MUTANTS = PITFALLS + WIRING + FURTHER + SEAMS + ONE_PAGE + FIRST_MINUTES + MODELS + HOSTILE + VERIFIERS + SURVIVAL
