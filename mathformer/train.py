@@ -13,6 +13,7 @@ import dataclasses
 import json
 import math
 import random
+import shlex
 import shutil
 import sys
 import time
@@ -244,7 +245,8 @@ def pretrain(config: PretrainConfig) -> bool:
                     bar.close()
                     if not saved:
                         raise KeyboardInterrupt
-                    print(f"stopped after step {saved}; go on with: python -m mathformer.train --resume {folder.path}")
+                    again = f"python -m mathformer.train --resume {shlex.quote(str(folder.path))}"
+                    print(f"stopped after step {saved}; go on with: {again}")
                     return False
                 share = config.prob_scratchpad if step < first_phase else config.final_prob_scratchpad
                 stream = batches(rng, config, task, tokenizer, share)

@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import re
+import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -215,7 +216,7 @@ def load_run(folder: Path, most: int, most_bytes: int) -> dict:
     run = {"name": folder.resolve().name, "config": config, "metrics": metrics, "evaluations": evaluations}
     begun = folder / "config.yaml" if config else folder
     run["started"] = time.strftime("%Y-%m-%d %H:%M", time.localtime(begun.stat().st_mtime))
-    run["command"] = f"python grpo.py --config {folder / 'config.yaml'}"
+    run["command"] = f"python grpo.py --config {shlex.quote(str(folder / 'config.yaml'))}"
     run |= load_rollouts(folder / "rollouts.jsonl", group_size, most, most_bytes, notes)
     add_answers(folder, run["prompts"], notes)
     best = max(evaluations, key=lambda row: row.get("accuracy_sampled", 0), default={}).get("step", 0)

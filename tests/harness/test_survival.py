@@ -413,6 +413,23 @@ def test_folders_of_a_later_version_are_refused_and_older_ones_read(run, capsys)
     assert resume(stopped) == stopped
 
 
+def test_space_is_spoken_of_only_where_it_lacks(run):
+    folder = run(steps=1)
+    (folder / "rollouts.jsonl").unlink()
+    (folder / "rollouts.jsonl").mkdir()
+    with pytest.raises(grpo.UsageError, match="could not be written: .*checkpoint-1 stands. Go on with --resume") as error:
+        RunFolder(folder).append("rollouts.jsonl", [{}])
+    assert "Free some space" not in str(error.value)
+
+
+def test_commands_are_quoted_where_a_folder_has_spaces(run, tmp_path, capsys):
+    folder = run(runs=str(tmp_path / "my runs"), steps=1)
+    out = capsys.readouterr().out
+    assert out.count(f"'{folder}'") == 2 and f"'{folder / 'final'}'" in out
+    command = report.load_run(folder, 9, 10**9)["command"]
+    assert command == f"python grpo.py --config '{folder / 'config.yaml'}'"
+
+
 # Bytes
 
 

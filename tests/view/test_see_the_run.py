@@ -377,6 +377,7 @@ def test_a_run_is_played_as_it_was_trained(run, monkeypatch, capsys):
         found = complete(sampler, tokenizer, task, problems, group_size, sampling, *args)
         for r in found:  # the most likely answer is right, all others are not
             r.parts["correct"] = float(sampling.temperature == 0)
+            r.parts["ground_truth"] = "12\x1b[2J\n"
         return found
 
     monkeypatch.setattr(play, "load_task", lambda *args: (loaded.append(args), load(*args))[1])
@@ -385,7 +386,9 @@ def test_a_run_is_played_as_it_was_trained(run, monkeypatch, capsys):
     view_main(["play", str(folder), "--samples", "2"])
     assert loaded == [("arithmetic", task_args, 5.0)]
     assert sampled == [grpo.Sampling(40, 0.0), grpo.Sampling(40, 0.5, 1.0, 3)] * 2
-    assert capsys.readouterr().out.count("0 of 2 samples right") == 2
+    out = capsys.readouterr().out
+    assert out.count("0 of 2 samples right") == 2
+    assert "the answer is 12\\x1b[2J\\n\n" in out, "a terminal does not obey it"
 
 
 def test_an_unfinished_run_is_played_from_its_newest_checkpoint(run):
