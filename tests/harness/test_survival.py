@@ -417,7 +417,8 @@ def test_space_is_spoken_of_only_where_it_lacks(run):
     folder = run(steps=1)
     (folder / "rollouts.jsonl").unlink()
     (folder / "rollouts.jsonl").mkdir()
-    with pytest.raises(grpo.UsageError, match="could not be written: .*checkpoint-1 stands. Go on with --resume") as error:
+    said = "could not be written: .*checkpoint-1 stands. Go on with --resume"
+    with pytest.raises(grpo.UsageError, match=said) as error:
         RunFolder(folder).append("rollouts.jsonl", [{}])
     assert "Free some space" not in str(error.value)
 
