@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import socket
 import zlib
 from contextlib import contextmanager
@@ -46,20 +47,40 @@ def read_rows(path: Path) -> list[dict]:
     """
     rows = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], 1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise UsageError(f"{path}, line {number} is damaged: put it right, or remove the line")
-        rows.append(row)
+        if line.strip():  # a damaged line was blanked
+            rows.append(row_of(line))
+            if rows[-1] is None:
+                raise UsageError(f"{path}, line {number} is damaged: --resume leaves it out")
     return rows
 
 
-def first_damaged_line(path: Path) -> int:
-    """Of a JSON Lines file that may be large: 0 if each line begins and ends as a row does."""
+def row_of(line: bytes) -> dict | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def blank_damaged_lines(path: Path) -> list[int]:
+    """Overwrites each line that is no row with blanks, since checkpoints know a log by its bytes; the lines' numbers.
+
+    The file as it was is kept beside it, as `<name>.damaged`. Of a large file only the ends of lines are looked at.
+    """
+    damaged, at, is_small = [], 0, path.stat().st_size < 50_000_000
     with open(path, "rb") as file:
-        return next((n for n, line in enumerate(file, 1) if line[:1] != b"{" or line[-2:] != b"}\n"), 0)
+        for number, line in enumerate(file, 1):
+            is_row = line[:1] == b"{" and line[-2:] == b"}\n" and not (is_small and row_of(line) is None)
+            if line.strip() and not is_row:
+                damaged.append((number, at, len(line) - line.endswith(b"\n")))
+            at += len(line)
+    if damaged:
+        shutil.copy(path, path.with_name(f"{path.name}.damaged"))
+        with open(path, "r+b") as file:
+            for _, begin, length in damaged:
+                file.seek(begin)
+                file.write(b" " * length)
+    return [number for number, _, _ in damaged]
 
 
 def checksum(path: Path) -> int:

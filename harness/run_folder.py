@@ -26,11 +26,11 @@ from harness.files import (
     FORMAT,
     Lock,
     as_line,
+    blank_damaged_lines,
     check_format_of,
     checksum,
     checksums,
     checksums_of_model,
-    first_damaged_line,
     may_fail,
     read_json,
     read_rows,
@@ -321,10 +321,8 @@ class RunFolder:
             log.touch()
         else:
             os.truncate(log, size)
-        if damaged := first_damaged_line(log):
-            if name != "rollouts.jsonl":
-                raise UsageError(f"{log}, line {damaged} is damaged: put it right, or remove the line")
-            print(f"{log}, line {damaged} is damaged: reports leave it out")
+        for number in blank_damaged_lines(log):
+            print(f"{log}, line {number} is damaged: it is left out, and {name}.damaged is the file as it was")
 
 
 def whole_weights(model, optimizer) -> dict[str, torch.Tensor]:

@@ -27,7 +27,7 @@ def read_config(run: Path) -> Config:
     unknown = sorted(settings.keys() - {f.name for f in dataclasses.fields(Config)})
     if unknown:
         raise UsageError(f"{run / 'config.yaml'} was written by another version: {', '.join(unknown)} is unknown")
-    return Config(**settings | {"report_to": ""})
+    return Config(**settings | {"report_to": "", "trust_remote_code": False})  # which the folder cannot say
 
 
 def play(argv: list[str]) -> None:
@@ -35,8 +35,9 @@ def play(argv: list[str]) -> None:
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument("--samples", type=int, default=3, help="sampled answers besides the most likely one")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
     options = parser.parse_args(argv)
-    config = read_config(options.run)
+    config = dataclasses.replace(read_config(options.run), trust_remote_code=options.trust_remote_code)
     from view.play import play  # torch takes seconds: a mistake is answered before
 
     play(options.run, config, max(0, options.samples), options.seed)

@@ -21,6 +21,7 @@ from harness import checkpoints, curves, evaluation, files, model_card, run_fold
 from harness.files import Lock, as_line, checksum, read_rows
 from harness.run_folder import RunFolder
 from harness.streams import LOST, Steady
+from view import __main__ as view
 from view import report
 
 ROOT = Path(grpo.__file__).parent
@@ -103,7 +104,7 @@ def test_a_log_that_is_being_written_is_read_up_to_its_last_whole_line(tmp_path)
     path.write_text('{"step": 1}\n{"step": 2}\n{"st')
     assert read_rows(path) == [{"step": 1}, {"step": 2}] and read_rows(tmp_path / "none") == []
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(grpo.UsageError, match="metrics.jsonl, line 2 is damaged: put it right, or remove the line"):
+    with pytest.raises(grpo.UsageError, match="metrics.jsonl, line 2 is damaged: --resume leaves it out"):
         read_rows(path)
 
 
@@ -349,16 +350,23 @@ def test_lost_rollouts_do_not_cost_weights(loss, run, capsys):
         lines = log.read_bytes().splitlines(keepends=True)
         log.write_bytes(b"".join([lines[0], b"x" * (len(lines[1]) - 1) + b"\n", *lines[2:]]))
     resume(stopped)
-    said = "line 2 is damaged: reports leave it out" if loss.startswith("a line") else "has lost rows"
+    said = "line 2 is damaged: it is left out" if loss.startswith("a line") else "has lost rows"
     assert said in capsys.readouterr().out and same_weights(stopped / "final", whole / "final")
 
 
-def test_metrics_that_are_damaged_in_the_middle_are_found_before_training_goes_on(run):
-    stopped = stopped_after(run(keep_last=3), 4)
-    lines = (stopped / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    (stopped / "metrics.jsonl").write_bytes(b"".join([lines[0], b"x" * (len(lines[1]) - 1) + b"\n", *lines[2:]]))
-    with pytest.raises(grpo.UsageError, match="metrics.jsonl, line 2 is damaged: put it right, or remove the line"):
-        resume(stopped)
+@pytest.mark.parametrize("name", ["metrics.jsonl", "eval.jsonl"])
+def test_rows_that_are_damaged_in_the_middle_are_left_out_before_training_goes_on(name, run, capsys):
+    whole = run(keep_last=3, eval_steps=1)
+    stopped = stopped_after(whole, 4)
+    lines = (stopped / name).read_bytes().splitlines(keepends=True)
+    (stopped / name).write_bytes(b"".join([lines[0], b"x" * (len(lines[1]) - 1) + b"\n", *lines[2:]]))
+    resume(stopped)
+    assert f"{stopped / name}, line 2 is damaged: it is left out, and {name}.damaged" in capsys.readouterr().out
+    assert b"\nxxxx" in (stopped / f"{name}.damaged").read_bytes()
+    steps = [row["step"] for row in read_rows(stopped / name)]
+    assert steps == [row["step"] for i, row in enumerate(rows(whole, name)) if i != 1]
+    assert same_weights(stopped / "final", whole / "final")
+    assert not checkpoints.damage(stopped / "checkpoint-2", stopped), "bytes are where they were"
 
 
 def test_a_folder_does_not_say_that_code_is_trusted(run, capsys):
@@ -369,6 +377,7 @@ def test_a_folder_does_not_say_that_code_is_trusted(run, capsys):
         assert not grpo.parse_config(argv).trust_remote_code
         assert "that has to be said again, with --trust_remote_code" in capsys.readouterr().out
         assert grpo.parse_config([*argv, "--trust_remote_code"]).trust_remote_code
+    assert not view.read_config(folder).trust_remote_code
 
 
 def test_settings_that_were_edited_are_noticed(run, capsys):
