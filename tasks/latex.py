@@ -7,19 +7,35 @@ would be solved by copying them. The tables of docs/answers.md say what is the s
 
 import re
 from fractions import Fraction
+from math import gcd
 
-from tasks.dress import FUNCTIONS, REPEATING, cut_unit, repeating, without_looks, without_thousands
-from tasks.forms import Reading, is_name, negated, number, product, total
+from tasks.dress import FUNCTIONS, REPEATING, repeating, without_looks, without_thousands, words
+from tasks.forms import Reading, base_name, is_name, negated, number, product, total, without_degrees
+from tasks.units import cut_unit
 
 MAX_CHARACTERS, MAX_TOKENS, MAX_DEPTH, MAX_DIGITS = 1000, 400, 30, 60
 TOKEN = re.compile(
     r"\s+|\\(?:begin|end)\{[a-z]+\}|\\text\{[^{}]*\}|\\[A-Za-z]+|\\.|\d+(?:\.\d+)?|\.\d+|[A-Za-z]+|\*\*|[<>!]=|."
 )
-NAMES = "alpha beta gamma delta epsilon theta lambda mu pi rho sigma tau phi psi omega infty emptyset mathbb".split()
+NAMES = "alpha beta gamma delta epsilon theta lambda mu pi rho sigma tau phi psi omega infty emptyset".split()
 NAMES += "Gamma Delta Lambda Phi Omega".split()
 PLAIN = {"infinity": "infty", "inf": "infty", "varnothing": "emptyset", "varphi": "phi", "leq": "le", "geq": "ge"}
-PLAIN |= {"neq": "ne", "lt": "<", "gt": ">", "bmod": "pmod", "mod": "pmod", "tbinom": "binom", "dbinom": "binom"}
-RELATIONS = {"=": "=", r"\in": "=", r"\equiv": "≡", "<": "<", "<=": "≤", r"\le": "≤", ">": ">", ">=": "≥", r"\ge": "≥"}
+PLAIN |= {
+    "leqslant": "le",
+    "geqslant": "ge",
+    "vert": "|",
+    "lbrace": "{",
+    "rbrace": "}",
+    "Bbb": "mathbb",
+    "neq": "ne",
+    "lt": "<",
+    "gt": ">",
+    "bmod": "pmod",
+    "mod": "pmod",
+    "tbinom": "binom",
+    "dbinom": "binom",
+}
+RELATIONS = {"=": "=", r"\in": "∈", r"\equiv": "≡", "<": "<", "<=": "≤", r"\le": "≤", ">": ">", ">=": "≥", r"\ge": "≥"}
 RELATIONS |= {r"\ne": "≠", "!=": "≠", ":": ":"}
 TURNED = {"<": ">", "≤": "≥", ">": "<", "≥": "≤"}
 CLOSING = {"{": "}", "(": ")", "[": "]", r"\{": r"\}", r"\langle": r"\rangle", r"\lfloor": r"\rfloor"}
@@ -38,21 +54,10 @@ def read(text: str) -> list[Reading]:
     for variant in dict.fromkeys((without_thousands(text), text)):
         try:
             found.append(Reader(variant).whole())
+            break  # 1,000 is a thousand, if it may be
         except Unread:
             continue
     return found + words(text)
-
-
-def words(text: str) -> list[Reading]:
-    """A text of letters alone: a name, yes or no, (C). Its case makes a difference only where it may be variables."""
-    plain = " ".join(re.sub(r"\\text\{([^{}]*)\}", r"\1", text).split())
-    plain = re.sub(r"^\(([A-Za-z])\)$", r"\1", plain)
-    has_word = re.search("[A-Za-z]{3}", plain)  # June 20, but not x 20
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9' -]*" if has_word else r"[A-Za-z][A-Za-z' -]*", plain):
-        return []
-    word = re.sub("^(an?|the) ", "", plain.lower())
-    is_word = len(word) > 3 or (len(word) > 1 and r"\text" in text) or word in ("yes", "no", "odd")
-    return [Reading(("words", plain))] + [Reading(("word", word))] * is_word
 
 
 class Reader:
@@ -68,11 +73,14 @@ class Reader:
         for token in tokens:
             bare = token.removeprefix("\\")
             if bare in PLAIN:
-                token = PLAIN[bare] if PLAIN[bare] in "<>" else "\\" + PLAIN[bare]
+                token = PLAIN[bare] if PLAIN[bare] in "<>|" else "\\" + PLAIN[bare]
             elif token in FUNCTIONS or token in NAMES:
                 token = "\\" + token
-            split = token.isalpha() and token not in ("and", "or", "sqrt")
-            self.tokens += token if split else [token]  # xy is x times y
+            known = token in ("and", "or", "sqrt") or token.isupper()  # AB is a segment, and not A times B
+            if token.isalpha() and token.islower() and len(token) > 3 and not known:
+                raise Unread  # a word
+            self.tokens += token if token.isalpha() and not known else [token]  # xy is x times y
+        self.bars = self.choices = 0
 
     def peek(self) -> str:
         return self.tokens[self.at] if self.at < len(self.tokens) else ""
@@ -90,12 +98,15 @@ class Reader:
 
     def whole(self) -> Reading:
         items, unit, name = self.items("", choose=True), self.unit, ""
-        if all(item[0] == "set" for item in items):  # braces around solutions make no difference
-            items = [inside for item in items for inside in item[1]]
-        if len({item[1] for item in items if item[0] == "named"}) == 1 and all(i[0] == "named" for i in items):
-            name, items = repr(items[0][1]), [value for _, _, value in items]
-        if all(item[0] == "degrees" for item in items):
-            unit, items = "degree", [value for _, value in items]
+        named = [item for item in items if item[0] == "named"]
+        if len({base_name(item[1]) for item in named}) == 1 and items[0] in named:  # x = 1, x = 2, or x = 1, 2
+            name, items = repr(base_name(named[0][1])), [item[2] if item in named else item for item in items]
+        if len(items) == 1 and items[0][0] == "set":  # braces around solutions make no difference
+            items = list(items[0][1])
+        if items and all(without_degrees(item) for item in items):
+            unit, items = "degree", [without_degrees(item) for item in items]
+        if unit in ("percent", "degree") and (len(items) != 1 or items[0][0] in ("(", "[")) and not self.unit == "":
+            raise Unread
         return Reading(items[0] if len(items) == 1 else ("list", tuple(sorted(items, key=repr))), unit, name)
 
     def items(self, end: str, choose: bool = False) -> list[tuple]:
@@ -106,10 +117,15 @@ class Reader:
             found.append(self.relation())
             if choose and self.chose:
                 self.at, self.choice = start, -1
-                found.append(self.relation())
+                other = self.relation()
+                if found[-1][0] == other[0] == "set":
+                    found[-1] = ("set", tuple(sorted({*found[-1][1], *other[1]}, key=repr)))
+                else:
+                    found.append(other)
                 self.choice, self.chose = 1, False
             more = bool(self.accept(",", ";"))
-            more |= bool(self.accept("and", "or", r"\text{and}", r"\text{or}"))
+            if choose:
+                more |= bool(self.accept("and", "or", r"\text{and}", r"\text{or}"))
         if self.peek() != end:
             raise Unread
         self.at += 1
@@ -141,6 +157,10 @@ class Reader:
         if operators == ["="]:
             parts.sort(key=is_name, reverse=True)
             return ("named", *parts) if is_name(parts[0]) else ("=", tuple(sorted(parts, key=repr)))
+        if operators == ["∈"] and is_name(parts[0]):
+            return ("named", *parts)
+        if operators == ["≠"]:
+            parts.sort(key=repr)
         if operators[0] in ">≥":
             parts, operators = parts[::-1], [TURNED.get(operator, operator) for operator in operators[::-1]]
         return ("relation", tuple(operators), tuple(parts))
@@ -148,24 +168,30 @@ class Reader:
     def sum(self) -> tuple:
         terms = [(self.sign() or 1, self.term())]
         while sign := self.sign():
-            sign = -sign if self.accept("-") else sign  # 3 + -2
+            if sign > 0 and self.accept("-"):  # 3 + -2
+                sign = -1
             terms.append((sign, self.term()))
         return total(terms)
 
     def sign(self) -> int:
         token = self.accept("+", "-", r"\pm", r"\mp")
         self.chose |= len(token) > 1
+        self.choices += len(token) > 1
+        if self.choices > 2:  # of the first reading and the second: which signs go together?
+            raise Unread
         return {"": 0, "+": 1, "-": -1, r"\pm": self.choice, r"\mp": -self.choice}[token]
 
     def term(self) -> tuple:
         """Factors, from left to right: 1/2x is half of x."""
-        above, below = [self.factor()], []
+        above, below = [self.mixed_number() or self.factor()], []
         while True:
             if self.accept("*", r"\cdot", r"\times"):
                 above.append(self.signed_factor())
-            elif self.accept("/", r"\div"):
+            elif self.accept("/"):
                 below.append(self.signed_factor())
-            elif self.begins_factor():
+            elif self.accept(r"\div"):
+                below.append(("divided by", self.signed_factor()))
+            elif self.begins_factor() or (self.peek().isdigit() and above[-1][0] in ("^", "!")):
                 above.append(self.factor())
             else:
                 return product(above, below)
@@ -177,22 +203,35 @@ class Reader:
         """Whether what follows is multiplied without a sign; a number beside another one is not."""
         token = self.peek()
         known = (r"\frac", r"\sqrt", "sqrt", r"\binom", *CLOSING)
-        is_name = token[1:] in NAMES + FUNCTIONS or (token.isalpha() and len(token) == 1) or token.startswith(r"\begin")
-        return (token in known and token != "|") or is_name
+        if token == "{" or (token == "|" and self.bars) or self.tokens[self.at : self.at + 2] == ["(", r"\pmod"]:
+            return False
+        is_letter = token not in ("and", "or") and (token.isalpha() or re.fullmatch(r"\\text\{[A-Za-z]\}", token))
+        return bool(token in known or token[1:] in NAMES + FUNCTIONS or is_letter or token.startswith(r"\begin"))
+
+    def mixed_number(self) -> tuple | None:
+        """4 2/3 and 4\\frac{2}{3} are 4 + 2/3, in lowest terms."""
+        ahead = "\0".join(self.tokens[self.at : self.at + 8]) + "\0"
+        half = "\\\\frac\0{\0(\\d+)\0}\0{\0(\\d+)\0}\0|\\\\frac\0(\\d)\0?(\\d)\0|(\\d+)\0/\0(\\d+)\0"
+        found = re.match(f"([1-9]\\d*)\0(?:{half})(?![\\^_!])", ahead)
+        whole, above, below = (int(digits) for digits in found.groups() if digits) if found else (0, 0, 0)
+        if not 0 < above < below or gcd(above, below) > 1:
+            return None
+        self.at += found[0].count("\0")
+        return number(whole + Fraction(above, below))
 
     def factor(self) -> tuple:
+        is_call = self.peek()[1:] in FUNCTIONS
         node = self.base()
         while operator := self.accept("^", "**", "!", "_"):
             if operator == "!":
-                node = ("!", node)
+                node = ("!!", node) if self.accept("!") else ("!", node)
             elif operator == "_":
                 node = ("index", node, self.argument())
             elif self.accept(r"\circ") or self.tokens[self.at : self.at + 3] == ["{", r"\circ", "}"]:
                 self.at += 3 * (self.tokens[self.at : self.at + 3] == ["{", r"\circ", "}"])
                 node = ("degrees", node)
             else:
-                power = self.argument()
-                node = node if power == number(1) else ("^", node, power)
+                node = ("power of a call" if is_call else "^", node, self.argument())  # sin(x)^2 may be sin(x^2)
         return node
 
     def argument(self) -> tuple:
@@ -237,17 +276,30 @@ class Reader:
             return self.matrix(token[7:-1])
         if token[1:] in FUNCTIONS:
             return self.function(token[1:])
-        if token[1:] in NAMES or (token.isalpha() and len(token) == 1):
+        if token in (r"\angle", r"\mathbb"):
+            return (token[1:], self.base())
+        if token.startswith(r"\text{"):
+            inside = token[6:-1]
+            return ("name", inside) if re.fullmatch("[A-Za-z]", inside) else ("text", inside.lower())
+        if re.fullmatch("[fghpFGHPQ]", token) and self.peek() == "(":
+            return ("call", token, self.group())
+        if token[1:] in NAMES or (token.isalpha() and token not in ("and", "or")):
             return ("name", token.removeprefix("\\"))
         raise Unread
 
     def group(self) -> tuple:
         start = self.accept(*CLOSING)
+        if start == r"\{" and self.accept(r"\}"):
+            return ("name", "emptyset")
         if start == r"\{":
             return ("set", tuple(sorted(set(self.items(r"\}")), key=repr)))
         end = self.end_of_interval() if start in ("(", "[") else CLOSING[start]
+        self.bars += start == "|"
         items = self.items(end)
+        self.bars -= start == "|"
         if start == "{" and len(items) > 1:
+            if self.depth > 1:  # an argument is one thing
+                raise Unread
             return ("set", tuple(sorted(set(items), key=repr)))
         if start in "{([" and len(items) == 1:
             return items[0]
@@ -266,23 +318,18 @@ class Reader:
         if "." not in token and self.accept("_"):
             return ("digits", token, self.argument())
         if len(token) > 1 and token.isdigit() and token[0] == "0":
-            raise Unread
-        value = Fraction(token)
-        # 4 2/3 and 4\frac{2}{3} are 4 + 2/3
-        ahead = "\0".join(self.tokens[self.at : self.at + 7]) + "\0"
-        found = re.match("\\\\frac\0{\0(\\d+)\0}\0{\0(\\d+)\0}\0|\\\\frac\0(\\d)\0?(\\d)\0|(\\d+)\0/\0(\\d+)\0", ahead)
-        if found and value.denominator == 1:
-            above, below = (int(digits) for digits in found.groups() if digits)
-            if 0 < above < below:
-                self.at += found[0].count("\0")
-                value += Fraction(above, below)
-        return number(value)
+            if self.tokens[self.at - 2 : self.at - 1] != [":"]:
+                raise Unread
+            return ("digits", token)  # 2:05
+        return number(Fraction(token))
 
     def function(self, name: str) -> tuple:
         """sin x, sin^2 x, sin(x), log_2 x, sin 2x."""
         given = {}
         while operator := self.accept("^", "_"):
             given[operator] = self.argument()
+        if given.get("^") == number(1, -1):  # the inverse function
+            name, given = f"arc{name}", {"_": given.get("_", ())}
         if self.peek() in CLOSING:
             inside = self.group()
         else:
@@ -300,4 +347,4 @@ class Reader:
                 rows[-1].append(self.sum())
             elif self.peek() != end:
                 rows.append([self.sum()])
-        return ("matrix" if kind in ("pmatrix", "bmatrix") else kind, tuple(map(tuple, rows)))
+        return ("matrix" if kind in ("pmatrix", "bmatrix", "smallmatrix") else kind, tuple(map(tuple, rows)))

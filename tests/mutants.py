@@ -567,9 +567,17 @@ def in_workers(test: str, mistake: str, where: str, old: str, new: str) -> Mutan
 
 
 VERIFIERS = [
-    paid("units of two kinds are the same", "same", "agree(g.unit, a.unit)", "True"),
-    paid("names of two kinds are the same", "same", "agree(g.name, a.name)", "True"),
+    paid("units of two kinds are the same", "same", "units_agree(g.unit, a.unit, whole_number(g.form) > 0)", "True"),
+    paid("names of two kinds are the same", "same", "g.name == a.name or not g.name or not a.name", "True"),
     paid("terms in one order only", "total", "tuple(sorted(flat, key=lambda pair: (repr(pair[1]), -pair[0])))", "tuple(flat)"),
+    paid("two minus signs cancel", "product", "minus > 1", "False", "tests/tasks/test_math.py::"
+         "test_wrong_answers_and_copied_problems_are_not_paid"),
+    paid("a fraction of fractions is calculated", "product", "side and (node[3] or node[5])", "False",
+         "tests/tasks/test_math.py::test_wrong_answers_and_copied_problems_are_not_paid"),
+    paid("any noun is a unit", "units_agree", 'answer.startswith("?")', "False", "tests/tasks/test_math.py::"
+         "test_wrong_answers_and_copied_problems_are_not_paid"),
+    paid("mixed numbers in any terms", "Reader.mixed_number", "gcd(above, below) > 1", "False", "tests/tasks/test_math.py::"
+         "test_wrong_answers_and_copied_problems_are_not_paid"),
     paid("factors in one order only", "product", "tuple(sorted(f, key=repr))", "tuple(f)"),
     paid("2 - x is never x - 2", "oriented", '(1, node) if node[0] != "+" or node[1][0][0] > 0 else (-1, negated(node))', "(1, node)"),
     paid("what stands behind the answer is not read", "Reader.items", "self.peek() != end", "False",

@@ -97,7 +97,7 @@ def written(node, rng: random.Random) -> str:
     if kind == "*":
         parts = rng.sample(node[1], len(node[1]))
         sign = rng.choice(["\\cdot ", "*", "\\times "])
-        return sign.join(grouped(part, rng, "+-") for part in parts)
+        return sign.join(grouped(part, rng, "+-/") for part in parts)
     if kind == "-":
         return "-" + grouped(node[1], rng, "+-")
     if kind == "/":

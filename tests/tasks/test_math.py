@@ -14,7 +14,7 @@ from tasks.gsm8k import gsm8k_reward, plain_number
 from tasks.latex import MAX_CHARACTERS, MAX_DEPTH, MAX_DIGITS, MAX_TOKENS, read
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "answers.md"
-REWRITES = Path(__file__).with_name("math_rewrites.txt")
+REWRITES, ATTACKS = (Path(__file__).with_name(f"math_{kind}.txt") for kind in ("rewrites", "attacks"))
 
 
 def rows_of(text: str) -> list[list[list[str]]]:
@@ -69,24 +69,28 @@ def test_the_table_of_gsm8k(number, answer, paid, near):
     assert (parts["correct"], parts["near_miss"]) == (paid, near)
 
 
+def pairs_of(file: Path) -> list[tuple[str, str]]:
+    """Lines `gold => answer ;; answer`."""
+    lines = [line.partition(" => ") for line in file.read_text(encoding="utf-8").splitlines() if line[0] != "#"]
+    return [(gold, answer) for gold, _, answers in lines for answer in answers.split(" ;; ")]
+
+
 def test_honest_rewrites_are_paid():
-    unpaid, n = [], 0
-    for line in REWRITES.read_text().splitlines():
-        if line.startswith("#"):
-            continue
-        gold, _, rewrites = line.partition(" => ")
-        assert read(gold), gold
-        for rewrite in rewrites.split(" ;; "):
-            n += 1
-            unpaid += [(gold, rewrite)] * (not same(read(gold), read(rewrite)))
-    assert n >= 200 and len(unpaid) <= 0.02 * n, unpaid
+    pairs = pairs_of(REWRITES)
+    assert all(read(gold) for gold, _ in pairs)
+    unpaid = [pair for pair in pairs if not same(read(pair[0]), read(pair[1]))]
+    assert len(pairs) >= 300 and len(unpaid) <= 0.02 * len(pairs), unpaid
+
+
+def test_wrong_answers_and_copied_problems_are_not_paid():
+    pairs = pairs_of(ATTACKS)
+    assert len(pairs) >= 200 and [pair for pair in pairs if same(read(pair[0]), read(pair[1]))] == []
 
 
 @pytest.mark.parametrize(
     "gold",
     [
-        "", " ", "\\frac{1}{", "3 4", "x \\mapsto 2", "\\text{a} 3 \\text{b}", "5 \\text{ million}",
-        "10:30 \\text{ p.m.}", "\\sum_{i=1}^3 i",
+        "", " ", "\\frac{1}{", "3 4", "x \\mapsto 2", "\\text{a} 3 \\text{b}", "\\sum_{i=1}^3 i",
         "1, , 2", "(1, 2", "3 +", "\\begin{pmatrix} 1 & 2", "２", "\ud800", "1" * (MAX_DIGITS + 1),
         "x" * (MAX_CHARACTERS + 1),
         "(" * MAX_DEPTH + "1" + ")" * MAX_DEPTH, "x+" * (MAX_TOKENS // 2) + "x", "1 < ", "\\overrightarrow{AB}", None,
