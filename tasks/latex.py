@@ -20,21 +20,8 @@ TOKEN = re.compile(
 NAMES = "alpha beta gamma delta epsilon theta lambda mu pi rho sigma tau phi psi omega infty emptyset".split()
 NAMES += "Gamma Delta Lambda Phi Omega".split()
 PLAIN = {"infinity": "infty", "inf": "infty", "varnothing": "emptyset", "varphi": "phi", "leq": "le", "geq": "ge"}
-PLAIN |= {
-    "leqslant": "le",
-    "geqslant": "ge",
-    "vert": "|",
-    "lbrace": "{",
-    "rbrace": "}",
-    "Bbb": "mathbb",
-    "neq": "ne",
-    "lt": "<",
-    "gt": ">",
-    "bmod": "pmod",
-    "mod": "pmod",
-    "tbinom": "binom",
-    "dbinom": "binom",
-}
+PLAIN |= dict(leqslant="le", geqslant="ge", vert="|", lbrace="{", rbrace="}", Bbb="mathbb", neq="ne", lt="<", gt=">")
+PLAIN |= dict(bmod="pmod", mod="pmod", tbinom="binom", dbinom="binom")
 RELATIONS = {"=": "=", r"\in": "∈", r"\equiv": "≡", "<": "<", "<=": "≤", r"\le": "≤", ">": ">", ">=": "≥", r"\ge": "≥"}
 RELATIONS |= {r"\ne": "≠", "!=": "≠", ":": ":"}
 TURNED = {"<": ">", "≤": "≥", ">": "<", "≥": "≤"}
