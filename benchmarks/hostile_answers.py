@@ -20,7 +20,8 @@ PLAIN = ["3", "\\frac{3}{4}", "x^2+1", "2\\sqrt{3}", "(1,2)", "\\pi", "1, 2, 3",
 
 def hostile_texts() -> list[str]:
     tree = ast.parse((ROOT / "tests" / "tasks" / "test_math.py").read_text())
-    found = next(node for node in tree.body if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "HOSTILE")
+    assigned = (node for node in tree.body if isinstance(node, ast.Assign))
+    found = next(node for node in assigned if getattr(node.targets[0], "id", "") == "HOSTILE")
     return eval(compile(ast.Expression(found.value), "test_math.py", "eval"))  # a list of ours: "(" * 900 and so on
 
 
