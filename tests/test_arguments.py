@@ -792,7 +792,7 @@ def all_actions(parse: Callable) -> list:
 
 
 def test_the_arguments_of_play(two_runs, monkeypatch, capsys):
-    assert {action.dest for action in all_actions(view.play)} - {"help"} == {"run", "samples", "seed"}
+    assert {action.dest for action in all_actions(view.play)} - {"help"} == {"run", "samples", "seed", "trust_remote_code"}
     capsys.readouterr()
 
     def played(*flags: str, text: str = "7*(8-9)-3*(4+5)\n") -> list[str]:
@@ -810,6 +810,11 @@ def test_the_arguments_of_play(two_runs, monkeypatch, capsys):
     twice = played(text="7*(8-9)-3*(4+5)\n" * 2)
     first, second = (twice[i : i + len(plain) - 2] for i in (1, len(plain) - 2))
     assert first != second, "asked again, other samples"
+    trusted = []
+    monkeypatch.setattr("view.play.play", lambda run, config, *args: trusted.append(config.trust_remote_code))
+    view.play([str(two_runs[0])])
+    view.play([str(two_runs[0]), "--trust_remote_code"])
+    assert trusted == [False, True]
 
 
 # ==== Defaults, which README, recipes and the shipped model rest on ===================================================
