@@ -792,7 +792,8 @@ def all_actions(parse: Callable) -> list:
 
 
 def test_the_arguments_of_play(two_runs, monkeypatch, capsys):
-    assert {action.dest for action in all_actions(view.play)} - {"help"} == {"run", "samples", "seed", "trust_remote_code"}
+    found = {action.dest for action in all_actions(view.play)} - {"help"}
+    assert found == {"run", "samples", "seed", "trust_remote_code"}
     capsys.readouterr()
 
     def played(*flags: str, text: str = "7*(8-9)-3*(4+5)\n") -> list[str]:
