@@ -2,34 +2,39 @@
 
 import itertools
 import json
-import math
+import os
 import shutil
 import zlib
 from contextlib import suppress
 from pathlib import Path, PurePath
 
 from harness.files import FORMAT, check_format, checksum
+from harness.metrics import is_finite
 from harness.settings import CHANGEABLE_ON_RESUME, Config, UsageError
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl")  # these only ever grow
 
 
-def fixed_settings(config) -> dict:
+def fixed_settings(config: Config) -> dict:
     """Those that a run keeps throughout, as JSON has them."""
     settings = {name: value for name, value in vars(config).items() if name not in CHANGEABLE_ON_RESUME}
-    if getattr(config, "lr_schedule", "constant") != "constant":
+    if config.lr_schedule != "constant":
         settings["steps"] = config.steps
     return json.loads(json.dumps(settings, default=str))
 
 
 def write_state(folder: Path, run: Path, state: dict) -> None:
     """With the sizes of the run's logs, and checksums of those that are small."""
-    logs = [run / name for name in LOGS if (run / name).exists()]
+    logs = logs_of(run)
     state |= {"log_sizes": {log.name: log.stat().st_size for log in logs}}
     state |= {"log_checksums": {log.name: checksum(log) for log in logs if log.name != "rollouts.jsonl"}}
     state = {"format": FORMAT, **json.loads(json.dumps(state))}
     state["state_checksum"] = own_checksum(state)
     (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
+
+
+def logs_of(run: Path) -> list[Path]:
+    return [run / name for name in LOGS if (run / name).exists()]
 
 
 def own_checksum(state: dict) -> int:
@@ -46,18 +51,17 @@ def read_state(checkpoint: Path) -> dict:
     if not isinstance(state, dict):
         raise ValueError("state.json holds no names")
     check_format(state.get("format", 0), checkpoint)
-    if own := state.pop("state_checksum", None) or "format" in state:
-        if own != own_checksum(state):
-            raise ValueError("state.json has changed")
-    number = int(checkpoint.name.removeprefix("checkpoint-"))
-    sizes, sums = state.get("log_sizes"), state.get("checksums")
+    own = state.pop("state_checksum", None)
+    if (own is not None or "format" in state) and own != own_checksum(state):
+        raise ValueError("state.json has changed")
+    sizes, sums, kl_coef = state.get("log_sizes"), state.get("checksums"), state.get("kl_coef", 0.0)
     wanted = [
-        (state.get("step") == number, f"step is {state.get('step')!r}"),
+        (state.get("step") == number_of(checkpoint), f"step is {state.get('step')!r}"),
         (is_counts(sizes) and set(sizes) <= set(LOGS), f"log_sizes is {sizes!r}"),
         (is_counts(state.get("log_checksums", {})), "log_checksums are no numbers"),
         (is_counts(sums) and all(map(is_inside, sums)), "checksums are not of files in it"),
         (is_counts({"tokens": state.get("tokens", 0)}), f"tokens is {state.get('tokens')!r}"),
-        (is_finite(state.get("kl_coef", 0.0)), f"kl_coef is {state.get('kl_coef')!r}"),
+        (type(kl_coef) in (int, float) and is_finite(kl_coef), f"kl_coef is {kl_coef!r}"),
     ]
     for holds, what in wanted:
         if not holds:
@@ -71,10 +75,6 @@ def is_counts(found) -> bool:
 
 def is_inside(name: str) -> bool:
     return not PurePath(name).is_absolute() and ".." not in PurePath(name).parts
-
-
-def is_finite(number) -> bool:
-    return type(number) in (int, float) and math.isfinite(number)
 
 
 def damage(checkpoint: Path, run: Path) -> str:
@@ -123,12 +123,14 @@ def branch(checkpoint: Path) -> Path:
     step, sizes = number_of(checkpoint), read_state(checkpoint)["log_sizes"]
     path = make_folder(run.parent, f"{run.name}-from{step}")
     shutil.copytree(checkpoint, path / checkpoint.name)
-    evaluations = [path for path in run.glob("eval-*.jsonl") if int(path.stem.removeprefix("eval-")) <= step]
-    for file in [run / "config.yaml", run / "run.json", *evaluations]:
+    evaluations = [file for file in run.glob("eval-*.jsonl") if int(file.stem.removeprefix("eval-")) <= step]
+    for file in [run / "config.yaml", run / "run.json", *evaluations, *logs_of(run)]:
         if file.exists():
             shutil.copy(file, path)
-    for log in LOGS:
-        (path / log).write_bytes((run / log).read_bytes()[: sizes.get(log, 0)] if (run / log).exists() else b"")
+    for name in LOGS:
+        (path / name).touch()
+        if (path / name).stat().st_size > sizes.get(name, 0):
+            os.truncate(path / name, sizes.get(name, 0))
     print(f"a new run begins with the first {step} steps of {run}, which stays as it is")
     return path
 

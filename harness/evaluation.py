@@ -1,12 +1,12 @@
 """Evaluation: how often the model is right, with intervals; what that says about learning; and the table of it."""
 
 import math
-import shlex
 from statistics import fmean
 
 import torch
 from tqdm import tqdm
 
+from harness.files import quoted
 from harness.metrics import average, equal_rewards, groups_of, part_means
 from harness.prompts import Problem
 from harness.run_folder import RunFolder
@@ -128,7 +128,7 @@ def show_result(folder: RunFolder, seconds: float) -> None:
     """The last lines of a run: before and after, and the commands that show more of it."""
     last, best = folder.evaluations[-1], folder.best_step()
     print(evaluation_table([folder.evaluations[0], last]))
-    run, quoted = folder.path, lambda path: shlex.quote(str(path))
+    run = folder.path
     print(f"{seconds:.0f} s. The model is in {run / 'final'}, its curves are in {run / 'curves.png'}.")
     row = next(row for row in folder.evaluations if row["step"] == best)
     if row["accuracy_sampled_low"] > last["accuracy_sampled_high"] and best:
@@ -140,7 +140,7 @@ def show_result(folder: RunFolder, seconds: float) -> None:
 
 
 def show_stopped(folder: RunFolder, step: int) -> None:
-    print(f"stopped after step {step}; go on with: python grpo.py --resume {shlex.quote(str(folder.path))}")
+    print(f"stopped after step {step}; go on with: python grpo.py --resume {quoted(folder.path)}")
 
 
 def verdict(row: dict) -> str:

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import socket
 import zlib
@@ -81,6 +82,11 @@ def blank_damaged_lines(path: Path) -> list[int]:
                 file.seek(begin)
                 file.write(b" " * length)
     return [number for number, _, _ in damaged]
+
+
+def quoted(path: Path) -> str:
+    """As it has to be written in a command that is printed."""
+    return shlex.quote(str(path))
 
 
 def checksum(path: Path) -> int:

@@ -74,6 +74,13 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float)
 
 
+def is_finite(number: int | float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an integer beyond what a float can be
+        return False
+
+
 def peak_memory(device: torch.device) -> float:
     """Most memory used so far, in GB: of the GPU, or of this process on a CPU."""
     if device.type == "cuda":

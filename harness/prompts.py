@@ -1,7 +1,6 @@
 """Between the task and the model: problems drawn and encoded, completions judged, all of it checked."""
 
 import itertools
-import math
 import random
 import threading
 import time
@@ -12,11 +11,11 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from harness.metrics import RESERVED, is_number
+from harness.metrics import RESERVED, is_finite, is_number
 from harness.settings import Config
 from harness.terminal import printable
 from tasks import REWARD_KEYS, UsageError
-from tasks.data import shortened
+from tasks.foreign import in_a_line, plain, shortened
 
 
 class Problem(NamedTuple):
@@ -37,10 +36,6 @@ def of_the_task(task, call: str):
         raise
     except Exception as error:
         raise UsageError(f"{type(task).__name__}.{call} raised {in_a_line(error)}") from error
-
-
-def in_a_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def checked_example(task, call: str, example) -> dict:
@@ -176,21 +171,6 @@ class Patience:
 
 
 PATIENCE = Patience()
-
-
-def plain(value):
-    """A number of numpy or torch as one of Python; anything else as it is."""
-    try:
-        return value.item() if hasattr(value, "item") else value
-    except (TypeError, ValueError, RuntimeError):  # an array of several
-        return value
-
-
-def is_finite(number: int | float) -> bool:
-    try:
-        return math.isfinite(number)
-    except OverflowError:  # an integer beyond what a float can be
-        return False
 
 
 def judge_all(task, rollouts: list, problems: list[Problem]) -> list[dict]:

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import re
-import shlex
 import shutil
 import time
 from contextlib import contextmanager, suppress
@@ -21,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from harness import checkpoints, curves, parallel
-from harness.checkpoints import LOGS, fixed_settings, number_of, read_state, write_state
+from harness.checkpoints import LOGS, fixed_settings, logs_of, number_of, read_state, write_state
 from harness.files import (
     FORMAT,
     Lock,
@@ -32,6 +31,7 @@ from harness.files import (
     checksums,
     checksums_of_model,
     may_fail,
+    quoted,
     read_json,
     read_rows,
     sync_to_disk,
@@ -52,6 +52,7 @@ class RunFolder:
     def __init__(self, path: Path, writes: bool = True):
         self.path, self.writes, self.engine = path, writes, None  # DeepSpeed's, which keeps the moments to itself
         self.evaluations: list[dict] = []  # the rows of eval.jsonl, once the run has started
+        self.config: Config | None = None  # likewise; there is none in pretraining
         self.changed: dict[str, list] = {}  # settings that are not what it was trained with so far
         self.lock_held: Lock | None = None
 
@@ -106,7 +107,7 @@ class RunFolder:
             full = any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
             raise UsageError(
                 f"{what} in {self.path} could not be written: {str(error).splitlines()[0]}; {stands}. "
-                f"{'Free some space, and go' if full else 'Go'} on with --resume {shlex.quote(str(self.path))}"
+                f"{'Free some space, and go' if full else 'Go'} on with --resume {quoted(self.path)}"
             ) from error
 
     def write_whole(self, name: str, text: str) -> None:
@@ -182,10 +183,9 @@ class RunFolder:
             # a safetensors file, but not by its name: vLLM would take it for weights of the model
             save_file(moments, partial / "optimizer.state")
             state |= {"step": step, "checksums": checksums(partial), "moments": len(moments)}
-            state |= {"settings": fixed_settings(self.config)} if hasattr(self, "config") else {}
+            state |= {"settings": fixed_settings(self.config)} if self.config else {}
             write_state(partial, self.path, state)
-            logs = [log for name in LOGS if (log := self.path / name).exists()]
-            for path in (*logs, *partial.rglob("*"), partial):
+            for path in (*logs_of(self.path), *partial.rglob("*"), partial):
                 sync_to_disk(path)
             shutil.rmtree(whole, ignore_errors=True)  # one that was damaged
             partial.rename(whole)
@@ -245,7 +245,7 @@ class RunFolder:
         """The step after which most sampled answers of the evaluation were right: the first such; 0 is the base."""
         if not self.evaluations:
             return 0
-        return max(self.evaluations, key=lambda row: (row["accuracy_sampled"], -row["step"]))["step"]
+        return max(self.evaluations, key=lambda row: row["accuracy_sampled"])["step"]
 
     def best_checkpoint(self) -> Path | None:
         """The one that `keep_best` keeps."""

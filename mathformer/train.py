@@ -13,7 +13,6 @@ import dataclasses
 import json
 import math
 import random
-import shlex
 import shutil
 import sys
 import time
@@ -26,6 +25,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from harness.command_line import check_folder_of, errors_as_lines, parse_settings
+from harness.files import quoted
 from harness.loading import load_model
 from harness.run_folder import RunFolder
 from harness.terminal import finish_step_on_signal
@@ -245,7 +245,7 @@ def pretrain(config: PretrainConfig) -> bool:
                     bar.close()
                     if not saved:
                         raise KeyboardInterrupt
-                    again = f"python -m mathformer.train --resume {shlex.quote(str(folder.path))}"
+                    again = f"python -m mathformer.train --resume {quoted(folder.path)}"
                     print(f"stopped after step {saved}; go on with: {again}")
                     return False
                 share = config.prob_scratchpad if step < first_phase else config.final_prob_scratchpad

@@ -123,4 +123,4 @@ def gold_of(row: dict) -> str:
 
 def is_readable(problem, answer) -> bool:
     """Whether there is a problem, and the whole of its gold answer is understood: else wrong ones might be paid."""
-    return isinstance(problem, str) and isinstance(answer, str) and bool(answer.strip()) and bool(read(answer))
+    return isinstance(problem, str) and isinstance(answer, str) and bool(answer.strip()) and bool(read_gold(answer))

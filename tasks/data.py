@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Hashable
 from pathlib import Path
 
+from tasks.foreign import shortened
 from tasks.names import ask_the_hub_only_if_it_is_there, check_local
 
 
@@ -54,10 +55,11 @@ def usable(rows, dataset: str, is_usable: Callable[[dict], bool], lack: str) -> 
     """
     columns = rows[:]
     each = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    kept = [i for i, row in enumerate(each) if is_usable(row)]
+    can_be = [is_usable(row) for row in each]
+    kept = [i for i, row in enumerate(each) if can_be[i]]
     if len(kept) == len(each):
         return kept
-    first = shortened(next(row for row in each if not is_usable(row)))
+    first = shortened(each[can_be.index(False)])
     if not kept:
         raise ValueError(f"{dataset!r}: no row can be used, {lack}; the first is {first}")
     print(f"{dataset}: {len(each) - len(kept):,} of {len(each):,} rows are left out, {lack}; the first is {first}")
@@ -96,11 +98,3 @@ def read_template(name: str, known: dict[str, str], fields: tuple[str, ...]) -> 
                 f"give {', '.join(known)}, or text or a file with {' and '.join(fields)}"
             )
     return text
-
-
-def shortened(value) -> str:
-    try:
-        text = " ".join(repr(value).split())
-    except Exception as error:  # anyone's object, or an integer that Python does not print
-        return f"of type {type(value).__name__} ({type(error).__name__})"
-    return text if len(text) <= 100 else f"{text[:100]}..."

@@ -36,16 +36,16 @@ def number(value: Fraction | int, sign: int = 1) -> tuple:
 ONE = number(1)
 
 
-def product(above: list, below: list, sign: int = 1) -> tuple:
+def product(above: list, below: list) -> tuple:
     """Of factors above and below a fraction bar.
 
     Numerals stay what they are: 2 * 3 is not 6, 6/8 and 3/4 * 1 are not 3/4, and to divide by a fraction is no other
     form of multiplying. Two minus signs do not cancel.
     """
     minus = sum(node[0] == "*" and node[1] < 0 for node in (*above, *below))
-    sign *= (-1) ** minus
+    sign = (-1) ** minus
     above, below = ([("*", 1, *node[2:]) if node[0] == "*" else node for node in side] for side in (above, below))
-    if len(above) == 1 and not below and minus < 2:
+    if len(above) == 1 and not below:
         return above[0] if sign > 0 else negated(above[0])
     if above == [ONE]:
         above = []  # the one of 1/2
@@ -73,8 +73,6 @@ def product(above: list, below: list, sign: int = 1) -> tuple:
             factors[side].append(node)
     if minus > 1:
         factors[0].append(("minus signs", minus))
-    if not numerals[0] and not numerals[1] and not factors[1] and len(factors[0]) == 1:
-        return factors[0][0] if sign > 0 else negated(factors[0][0])
     return ("*", sign, *(tuple(sorted(n)) for n in numerals), *(tuple(sorted(f, key=repr)) for f in factors))
 
 

@@ -5,7 +5,8 @@ import re
 from fractions import Fraction
 from pathlib import Path
 
-from tasks.data import load_rows, shortened, usable, without
+from tasks.data import load_rows, usable, without
+from tasks.foreign import shortened
 from tasks.tags import MAX_CHARACTERS
 
 NUMBER = r"(?:[-+]?\$?|\$[-+])(?:[0-9]{1,3}(?:,[0-9]{3}){1,4}|[0-9]{1,15})(?:\.[0-9]{1,15})?"

@@ -92,7 +92,7 @@ class Reader:
             items = list(items[0][1])
         if items and all(without_degrees(item) for item in items):
             unit, items = "degree", [without_degrees(item) for item in items]
-        if unit in ("percent", "degree") and (len(items) != 1 or items[0][0] in ("(", "[")) and not self.unit == "":
+        if self.unit and unit in ("percent", "degree") and (len(items) != 1 or items[0][0] in ("(", "[")):
             raise Unread
         return Reading(items[0] if len(items) == 1 else ("list", tuple(sorted(items, key=repr))), unit, name)
 

@@ -24,6 +24,7 @@ from typing import Any
 from tqdm import tqdm
 
 from tasks import UsageError, load_task
+from tasks.foreign import in_a_line, plain
 
 START = "import sys; sys.path[:] = {path!r}; from tasks.workers import build_and_fork; build_and_fork({fd})"
 
@@ -193,13 +194,12 @@ def judged_here(task, text: str, example: dict) -> bytes:
     try:
         parts = task.reward(text, example)
         if isinstance(parts, dict):
-            parts = {str(key): value.item() if hasattr(value, "item") else value for key, value in parts.items()}
+            parts = {str(key): plain(value) for key, value in parts.items()}
         return json.dumps({"parts": parts, "seconds": time.monotonic() - started}, default=str).encode()
     except MemoryError:
         os._exit(1)
     except BaseException as error:
-        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        return json.dumps({"error": said, "seconds": 0.0}).encode()
+        return json.dumps({"error": in_a_line(error), "seconds": 0.0}).encode()
 
 
 def end_with_parent(parent: int) -> None:

@@ -14,7 +14,6 @@ import itertools
 import json
 import math
 import re
-import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from pathlib import Path
 import yaml
 
 from harness.command_line import ArgumentParser
-from harness.files import check_format_of
+from harness.files import check_format_of, quoted
 from harness.settings import CHANGEABLE_ON_RESUME
 from tasks import UsageError
 
@@ -216,7 +215,7 @@ def load_run(folder: Path, most: int, most_bytes: int) -> dict:
     run = {"name": folder.resolve().name, "config": config, "metrics": metrics, "evaluations": evaluations}
     begun = folder / "config.yaml" if config else folder
     run["started"] = time.strftime("%Y-%m-%d %H:%M", time.localtime(begun.stat().st_mtime))
-    run["command"] = f"python grpo.py --config {shlex.quote(str(folder / 'config.yaml'))}"
+    run["command"] = f"python grpo.py --config {quoted(folder / 'config.yaml')}"
     run |= load_rollouts(folder / "rollouts.jsonl", group_size, most, most_bytes, notes)
     add_answers(folder, run["prompts"], notes)
     best = max(evaluations, key=lambda row: row.get("accuracy_sampled", 0), default={}).get("step", 0)

@@ -14,10 +14,10 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from test_reliability import SETTINGS, resume, rows, run, stopped_after  # noqa: F401 (a fixture is among them)
+from test_reliability import resume, rows, run, stopped_after  # noqa: F401 (a fixture is among them)
 
 import grpo
-from harness import checkpoints, curves, evaluation, files, model_card, run_folder, terminal
+from harness import checkpoints, curves, evaluation, files, run_folder, terminal
 from harness.files import Lock, as_line, checksum, read_rows
 from harness.run_folder import RunFolder
 from harness.streams import LOST, Steady
@@ -574,5 +574,4 @@ def test_no_clock_that_can_be_set_back_measures_anything():
 
 
 def test_the_model_card_is_the_one_of_the_run(run):
-    assert model_card.model_card is run_folder.model_card
     assert "sampled accuracy" in (run() / "final" / "README.md").read_text()
