@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import shutil
 import zlib
 from contextlib import suppress
@@ -120,17 +119,13 @@ def branch(checkpoint: Path) -> Path:
     run = checkpoint.parent
     if found := damage(checkpoint, run):
         raise UsageError(f"{checkpoint} is damaged: {found}")
-    step, sizes = number_of(checkpoint), read_state(checkpoint)["log_sizes"]
+    step = number_of(checkpoint)
     path = make_folder(run.parent, f"{run.name}-from{step}")
     shutil.copytree(checkpoint, path / checkpoint.name)
     evaluations = [file for file in run.glob("eval-*.jsonl") if int(file.stem.removeprefix("eval-")) <= step]
-    for file in [run / "config.yaml", run / "run.json", *evaluations, *logs_of(run)]:
+    for file in [run / "config.yaml", run / "run.json", *evaluations, *logs_of(run)]:  # resuming cuts the logs
         if file.exists():
             shutil.copy(file, path)
-    for name in LOGS:
-        (path / name).touch()
-        if (path / name).stat().st_size > sizes.get(name, 0):
-            os.truncate(path / name, sizes.get(name, 0))
     print(f"a new run begins with the first {step} steps of {run}, which stays as it is")
     return path
 

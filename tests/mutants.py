@@ -635,6 +635,8 @@ SURVIVAL = [
              "RunFolder.save_checkpoint", "number_of(old) < step and old not in kept", "old not in (self.best_checkpoint(),)"),
     survives("test_links_and_foreign_names_are_left_alone", "links are rotated away", "RunFolder.checkpoints",
              "path.is_dir() and not path.is_symlink()", "path.is_dir()"),
+    survives("test_a_new_run_goes_on_from_a_checkpoint_that_is_not_the_last", "a branch begins anew", "branch",
+             "shutil.copytree(checkpoint, path / checkpoint.name)", "None"),
     survives(BEST, "the best is rotated away", "RunFolder.save_checkpoint", "{whole, self.best_checkpoint()}", "{whole}"),
     survives(BEST, "the best is the last", "RunFolder.best_step", 'max(self.evaluations, key=lambda row: row["accuracy_sampled"])',
              "self.evaluations[-1]"),

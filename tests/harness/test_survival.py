@@ -183,10 +183,11 @@ def test_the_best_checkpoint_is_kept(run, rises_and_falls, capsys):
     assert names_of(run(eval_steps=2, save_steps=3, keep_last=1, keep_best=False)) == ["checkpoint-6"]
 
 
-def test_a_new_run_goes_on_from_a_checkpoint_that_is_not_the_last(run, rises_and_falls):
+def test_a_new_run_goes_on_from_a_checkpoint_that_is_not_the_last(run, rises_and_falls, capsys):
     folder = run(eval_steps=2, save_steps=3, keep_last=1)
     before = {path: checksum(path) for path in folder.rglob("*") if path.is_file()}
     branch = resume(folder / "checkpoint-2", "--steps", "6")
+    assert f"going on from {branch / 'checkpoint-2'}" in capsys.readouterr().out, "and not from the beginning"
     assert branch.name == f"{folder.name}-from2" and before == {path: checksum(path) for path in before}
     assert same_weights(branch / "final", folder / "final")
     assert rows(branch, "rollouts.jsonl") == rows(folder, "rollouts.jsonl")
