@@ -55,11 +55,12 @@ from torch.utils.checkpoint import checkpoint
 
 import variants
 from harness import evaluation, kv_cache, loading, memory, metrics, optimizers, parallel, terminal
-from harness.batching import logps_under, own_microbatches, pad, policy_inputs
+from harness.batching import add_logps, own_microbatches, pad, policy_inputs
+from harness.fast_head import best_head
 from harness.model_checks import check_model, scaled_and_capped
 from harness.prompts import Problem, draw_prompts, judge_all, written_text
 from harness.run_folder import RunFolder
-from harness.settings import Config, Sample, Sampling, UsageError
+from harness.settings import Config, Sample, Sampling, UsageError  # noqa: F401
 from harness.vllm_sampler import proven_sampler
 
 # ==== 1. Sampling =================================================================================
@@ -140,8 +141,6 @@ class TorchSampler:
         mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
         mask = torch.tensor(mask, device=self.device)  # [P, L]
         logits, cache = self._forward(torch.tensor(ids, device=self.device), mask, None)  # [P, V]
-        if logits.isnan().any():
-            raise UsageError("the logits are not numbers: it has diverged. Go back, or lower lr")
         B = len(prompts) * group_size
         rows = torch.arange(B, device=self.device) // group_size  # the prompt of each completion
         kv_cache.take_rows(cache, rows)
@@ -157,7 +156,7 @@ class TorchSampler:
                 logits = variants.keep_top(logits / temperature, top_k, top_p)
             all_logps = logits.log_softmax(-1)  # [b, V]
             if temperature > 0:
-                token = torch.multinomial(all_logps.exp(), 1, generator=self.generator)  # [b, 1]
+                token = variants.draw(all_logps.exp(), self.generator)  # [b, 1]
             else:
                 token = all_logps.argmax(-1, keepdim=True)
             tokens[unfinished, t] = token[:, 0]
@@ -289,21 +288,19 @@ def assign_advantages(rollouts: list[Rollout], config: Config) -> None:
 class Policy(nn.Module):
     """Token ids to log-probs, in one module call, so that data parallelism can wrap all of it."""
 
-    CHUNK = memory.LOGITS_CHUNK  # tokens whose logits exist at the same time
-
     def __init__(self, model: nn.Module, temperature: float = 1.0, entropy_gradient: bool = False):
         super().__init__()
         self.model, self.temperature, self.entropy_gradient = model, temperature, entropy_gradient
         self._no_split_modules = model._no_split_modules  # the layers, which FSDP takes as units
+        self.chunk = memory.logits_chunk(model.config)  # tokens whose logits exist at the same time
 
-    def forward(
-        self, ids: Tensor, prompt_lengths: Tensor, lengths: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, ids: Tensor, prompt_lengths: Tensor, lengths: Tensor, **hints):
         """Log-probs and entropies, both [B, T] in float32, 0 past the end of a row.
 
         Args:
             ids: [B, L]. A row is a prompt, its completion, and padding of any value.
             prompt_lengths, lengths: [B], tokens of prompt and completion. T is the largest length.
+            hints: of `best_head`.
 
         No attention mask is needed: attention is causal, and the padding is on the right.
         """
@@ -315,16 +312,16 @@ class Policy(nn.Module):
         predicts = (position >= first) & (position < end)  # [B, L-1]
         hidden, targets = hidden[:, :-1][predicts], ids[:, 1:][predicts]  # [N, D], [N]
 
-        logps, entropies = [], []
-        for h, target in zip(hidden.split(self.CHUNK), targets.split(self.CHUNK), strict=True):
-            # the backward pass computes a chunk's logits again, so they need not be kept
-            logp, entropy = checkpoint(self._token_logps, h, target, use_reentrant=False)
-            logps.append(logp)
-            entropies.append(entropy)
         mask = completion_mask(lengths)  # [B, T], of N real tokens in the same order
-        padded = torch.zeros(mask.shape, device=ids.device)
-        logps, entropies = torch.cat(logps), torch.cat(entropies)  # [N]
-        return padded.masked_scatter(mask, logps), padded.masked_scatter(mask, entropies)
+        found = best_head(self, mask, **hints)(hidden, targets)  # plain_head's, with less work
+        return tuple(x.new_zeros(mask.shape).masked_scatter(mask, x) for x in found)
+
+    def plain_head(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states [N, D], and the tokens [N] behind them, to log-probs and entropies [N]."""
+        chunks = zip(hidden.split(self.chunk), targets.split(self.chunk), strict=True)
+        # the backward pass computes a chunk's logits again, so they need not be kept
+        found = (checkpoint(self._token_logps, *c, use_reentrant=False) for c in chunks)
+        return tuple(map(torch.cat, zip(*found, strict=True)))
 
     def _token_logps(self, hidden: Tensor, targets: Tensor):
         # GRPO: with the sampler's temperature
@@ -437,17 +434,9 @@ def token_weights(
 # ==== 4. The update ===============================================================================
 
 
-def add_logps(name: str, policy, rollouts: list[Rollout], accelerator: Accelerator, config: Config):
-    """Sets `old_logps` or `ref_logps` of each rollout, in a pass without gradients."""
-    found = logps_under(policy, rollouts, accelerator, config.tokens_per_microbatch)
-    for rollout, logps in zip(rollouts, found, strict=True):
-        setattr(rollout, name, logps)
-
-
 def update(
-    policy: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator,
-    rollouts: list[Rollout], config: Config, step: int,
-) -> dict[str, float | None]:  # fmt: skip
+    policy, optimizer, accelerator: Accelerator, rollouts: list[Rollout], config: Config, step: int
+) -> dict[str, float | None]:
     """Trains on the rollouts of a step: `epochs` passes of `minibatches` optimizer steps each.
 
     Advantages, old and reference log-probs stay the same in all of these steps; the log-probs of
@@ -468,9 +457,8 @@ def update(
 
 
 def optimizer_step(
-    policy: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator,
-    rows: list[Rollout], config: Config, figures: metrics.UpdateFigures,
-) -> None:  # fmt: skip
+    policy, optimizer, accelerator: Accelerator, rows: list[Rollout], config: Config, figures
+) -> None:
     """One step on these rows, or none if they have nothing to teach."""
     # GRPO: masked rows count in no total; they only helped to set their group's mean and std
     rows = [r for r in rows if not (r.truncated and config.mask_truncated)]
@@ -509,23 +497,28 @@ def batch_loss(
         old_logps = pad([r.old_logps for r in batch], device)
     advantages = torch.tensor([[r.advantage] for r in batch], device=device)  # [B, 1]
 
-    logps, entropy = policy(**inputs)  # [B, T], the only tensors with a gradient
-    clips, kinds = (config.clip_low, config.clip_high), (config.ratio, config.surrogate)
-    loss, clipped = policy_loss(logps, old_logps, advantages, *clips, mask, *kinds)
-    if config.importance_cap:  # GRPO: capped weights, for a sampler that is not quite the policy
-        loss = loss * (old_logps - sampler_logps).exp().clamp(max=config.importance_cap)
-    kl = torch.zeros_like(logps)
-    if config.kl_coef > 0:
-        ref_logps = pad([r.ref_logps for r in batch], device)
-        kl = kl_estimate(logps, ref_logps, config.kl_kind).masked_fill(~mask, 0.0)
-        if config.kl_in == "loss":  # GRPO: the penalty on each token
-            factor = KL_FACTORS[config.kl_kind]((logps - old_logps).exp())
-            loss = loss + config.kl_coef * (factor * kl)
-    if config.entropy_coef:  # GRPO: a reward for being undecided
-        loss = loss - config.entropy_coef * entropy
     limit = config.max_completion_tokens
     weights = token_weights(lengths, config.loss_weight, limit, total_tokens, total_rows)  # [B]
-    loss = (loss.sum(1) * weights).sum()
+    ref_logps = pad([r.ref_logps for r in batch], device) if config.kl_coef > 0 else None
+
+    def loss_of(logps: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss, a scalar; of each token [B, T] the KL, and what was clipped."""
+        clips, kinds = (config.clip_low, config.clip_high), (config.ratio, config.surrogate)
+        loss, clipped = policy_loss(logps, old_logps, advantages, *clips, mask, *kinds)
+        if config.importance_cap:  # GRPO: capped weights, for a sampler not quite the policy
+            loss = loss * (old_logps - sampler_logps).exp().clamp(max=config.importance_cap)
+        kl = torch.zeros_like(logps)
+        if ref_logps is not None:
+            kl = kl_estimate(logps, ref_logps, config.kl_kind).masked_fill(~mask, 0.0)
+            if config.kl_in == "loss":  # GRPO: the penalty on each token
+                factor = KL_FACTORS[config.kl_kind]((logps - old_logps).exp())
+                loss = loss + config.kl_coef * (factor * kl)
+        if config.entropy_coef:  # GRPO: a reward for being undecided
+            loss = loss - config.entropy_coef * entropy
+        return (loss.sum(1) * weights).sum(), kl, clipped
+
+    logps, entropy = policy(**inputs, loss_of=loss_of)  # [B, T], all that has a gradient
+    loss, kl, clipped = loss_of(logps, entropy)
     if figures:
         figures.add_batch(loss, logps, old_logps, sampler_logps, kl, entropy, clipped, mask)
     return loss
@@ -537,7 +530,7 @@ def batch_loss(
 def setup(config: Config) -> loading.Run:
     """All parts of a run, checked before any long work and before a folder is made."""
     run = loading.load(config)  # task, model, tokenizer, evaluation problems, device
-    accelerator, model = run.accelerator, run.model
+    config, accelerator, model = run.config, run.accelerator, run.model
     check_model(run, Policy, TorchSampler)
     policy = Policy(model, config.temperature, entropy_gradient=config.entropy_coef > 0)
     optimizer = optimizers.make_optimizer(policy, config, accelerator)
@@ -565,7 +558,7 @@ def train(config: Config) -> dict[str, Any]:
     started, run = time.monotonic(), setup(config)
     accelerator, folder = run.accelerator, run.folder
     step, tokens = run.state["step"], run.state.get("tokens", 0)
-    config = replace(config, kl_coef=run.state.get("kl_coef", config.kl_coef))
+    config = replace(run.config, kl_coef=run.state.get("kl_coef", config.kl_coef))
     answer = partial(complete, run.sampler, run.tokenizer, run.task)
 
     def save_checkpoint():

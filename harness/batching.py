@@ -7,6 +7,7 @@ from accelerate import Accelerator, PartialState
 from torch import nn
 
 from harness import parallel
+from harness.settings import Config
 
 PASS_TOKENS = 256  # what one more pass through the model costs, in tokens: some
 
@@ -77,9 +78,16 @@ def logps_under(policy: nn.Module, rows: list, accelerator: Accelerator, token_b
     place, found = {id(row): i for i, row in enumerate(rows)}, []
     for batch, scale, _ in own_microbatches(rows, token_budget):
         with accelerator.autocast():
-            logps, _ = policy(**policy_inputs(batch, accelerator.device))
+            logps, _ = policy(**policy_inputs(batch, accelerator.device), entropy=False)
         if scale:
             for r, row in zip(batch, logps.tolist(), strict=True):
                 found.append((place[id(r)], row[: len(r.completion_ids)]))
     policy.to(home)
     return [row for _, row in sorted(parallel.join(found))]
+
+
+def add_logps(name: str, policy: nn.Module, rollouts: list, accelerator: Accelerator, config: Config) -> None:
+    """Sets `old_logps` or `ref_logps` of each rollout."""
+    found = logps_under(policy, rollouts, accelerator, config.tokens_per_microbatch)
+    for rollout, logps in zip(rollouts, found, strict=True):
+        setattr(rollout, name, logps)

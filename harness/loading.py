@@ -26,6 +26,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from harness import memory, trackers
 from harness.checkpoints import changed_settings
 from harness.files import local_name
+from harness.messages import stage
 from harness.model_checks import check_positions, switch_off_noise
 from harness.prompts import Problem, evaluation_problems
 from harness.run_folder import RunFolder
@@ -40,6 +41,7 @@ SINGLE_THREADED = 250_000  # models with fewer parameters run on one thread
 class Run:
     """The parts of a run: first those that `load` gives, then those that `grpo.setup` makes from them."""
 
+    config: Config  # with `auto` replaced by what was found
     accelerator: Accelerator
     task: Any
     source: str  # the folder or name that the model comes from
@@ -79,12 +81,13 @@ def load(config: Config) -> Run:
     check_window(model_config, config)
     check_positions(model_config, config)
     sampler = choose_sampler(config, model_config, accelerator.device)
-    memory.check_memory(model_config, config, accelerator, sampler == "vllm")
-    model, tokenizer = load_model(name, config.gradient_checkpointing, config.trust_remote_code)
+    config = memory.fitted(model_config, config, accelerator, sampler == "vllm")
+    with stage("loading the model"):
+        model, tokenizer = load_model(name, config.gradient_checkpointing, config.trust_remote_code)
     limit_threads(model.eval())
     problems, eos_ids = evaluation_problems(task, tokenizer, config), find_eos(model, tokenizer)
     source = local_name(name)
-    return Run(accelerator, task, source, model, tokenizer, problems, eos_ids, sampler, folder, checkpoint)
+    return Run(config, accelerator, task, source, model, tokenizer, problems, eos_ids, sampler, folder, checkpoint)
 
 
 @contextmanager
@@ -243,6 +246,7 @@ def make_accelerator(config: Config) -> Accelerator:
         # left to itself, accelerate rounds to bf16 what comes out of the policy too: its log-probs
         policy = MixedPrecisionPolicy(torch.bfloat16 if use_bf16 else None, torch.float32, None, False)
         fsdp = FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
+    torch.backends.cuda.enable_cudnn_sdp(config.cudnn_attention)
     precision = "bf16" if use_bf16 else "no"
     accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, fsdp_plugin=fsdp, kwargs_handlers=[buckets])
     if accelerator.num_processes != started:  # they would be runs of their own, each like the others

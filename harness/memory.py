@@ -16,9 +16,10 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
+from harness import parallel
 from harness.settings import Config, UsageError
 
-LOGITS_CHUNK = 2048  # tokens whose logits exist at the same time: 16k tokens of a 152k vocabulary would be 9.3 GiB
+LOGITS_CHUNK, KEPT_LOGITS = 2048, 2**26
 CUDA_ITSELF, VLLM_REST = 0.6e9, 3e9  # bytes: the context of CUDA; vLLM's CUDA graphs and workspace. Not measured
 
 
@@ -42,6 +43,7 @@ class Shape(NamedTuple):
     keys_values: int  # 2 * heads of the keys * width of a head
     mlp: int
     vocabulary: int
+    chunk: int  # `logits_chunk`
     embeddings: int  # parameters of input and output embedding, tied ones counted once
     normalises_queries: bool  # and keys, as Qwen3 does
 
@@ -63,6 +65,7 @@ class Shape(NamedTuple):
             keys_values=2 * size_of(c, "num_key_value_heads", heads) * width,
             mlp=size_of(c, "intermediate_size", 4 * hidden),
             vocabulary=c.vocab_size,
+            chunk=logits_chunk(c),
             embeddings=sum({id(weight): weight.numel() for weight in ends}.values()),
             normalises_queries=any(name.endswith("q_norm") for name, _ in model.named_modules()),
         )
@@ -80,6 +83,11 @@ class Shape(NamedTuple):
         if self.normalises_queries:
             layer += 6 * q + 3 * kv if bf16 else 8 * q + 4 * kv
         return 4 * h * self.layers + layer if checkpointing else layer * self.layers
+
+
+def logits_chunk(model_config) -> int:
+    """Tokens whose logits exist at the same time: those of 16k tokens of a 152k vocabulary would be 9.3 GiB."""
+    return max(LOGITS_CHUNK, KEPT_LOGITS // model_config.get_text_config().vocab_size)
 
 
 def free_memory(device: torch.device) -> int:
@@ -130,7 +138,11 @@ def needs(
     reference = weights * n if config.kl_coef else 0
     on_card = not (config.offload_reference and on_gpu)  # on a CPU it is in the same memory, wherever it is
     copies = 2 * (n - s.embeddings) if bf16 and weights == 4 else 0
-    logits = 3 * 4 * min(LOGITS_CHUNK, tokens) * s.vocabulary
+    # logits and probabilities, and a third of them in the plain head; the gradient of the head's weight, and where that
+    # is bf16 a float32 copy of it
+    chunk = min(s.chunk, math.ceil(tokens * config.max_completion_tokens / longest))
+    logits = 4 * chunk * s.vocabulary * (3 if config.entropy_coef else 2)
+    logits += 4 * s.vocabulary * s.hidden * (2 if weights == 2 else 1)
     # with gradient checkpointing, the logits are gone when the activations of a layer are made again
     again = tokens * s.activation_bytes(half, False) / s.layers if config.gradient_checkpointing else 0
     awake = not config.vllm_sleep
@@ -158,10 +170,11 @@ def peak(table: dict[str, list[float]]) -> float:
     return max(map(sum, zip(*table.values(), strict=True)))
 
 
-def check_memory(model_config, config: Config, accelerator: Accelerator, vllm: bool) -> None:
-    """Prints what the run needs beside what is free, and what to lower if that may be too little.
+def fitted(model_config, config: Config, accelerator: Accelerator, vllm: bool) -> Config:
+    """The settings, with a number for `tokens_per_microbatch` auto: the largest that fits, up to a whole step.
 
-    Small models are passed over in silence.
+    Prints that number; and, but for small models, what the run needs beside what is free, and what to lower if that
+    may be too little.
 
     Raises:
         UsageError: it needs clearly more than there is.
@@ -173,19 +186,37 @@ def check_memory(model_config, config: Config, accelerator: Accelerator, vllm: b
     def table_of(config: Config) -> dict[str, list[float]]:
         return needs(shape, config, bf16, vllm, on_gpu, free, spread)
 
+    if config.tokens_per_microbatch == "auto":
+        config = largest_microbatch(table_of, config, 0.9 * free, spread.processes)
     table = table_of(config)
     if (needed := peak(table)) < 2e9:
-        return
+        return config
     print(f"memory in GB, by arithmetic{'':11}sampling  reference   training")
     for name, parts in (table | {"together": [sum(column) for column in zip(*table.values(), strict=True)]}).items():
         print(f"  {name:32}" + "".join(f"{part / 1e9:11.1f}" for part in parts))
     print(f"  {'free on this ' + ('card' if on_gpu else 'machine'):32}{free / 1e9:11.1f}")
     if needed < 0.95 * free:
-        return
+        return config
     advice = lower(table_of, config, 0.9 * free, vllm and on_gpu)
     if needed > 1.15 * free:  # the arithmetic is not exact
         raise UsageError(f"the run needs about {needed / 1e9:.0f} GB of memory, {free / 1e9:.1f} are free. {advice}")
     print(f"  this may not fit. {advice}")
+    return config
+
+
+def largest_microbatch(table_of, config: Config, limit: float, processes: int) -> Config:
+    """With the most `tokens_per_microbatch` for which the update needs less than `limit`: at least one row's tokens."""
+    longest = config.max_prompt_tokens + config.max_completion_tokens
+    whole_step = -(-config.prompts_per_step // processes) * config.group_size * longest
+
+    def fits(tokens: int) -> bool:
+        return sum(parts[2] for parts in table_of(replace(config, tokens_per_microbatch=tokens)).values()) < limit
+
+    sizes = [longest, *range(1024 * (longest // 1024 + 1), whole_step, 1024), whole_step]
+    found = max(filter(fits, sizes), default=longest)
+    found = min(parallel.join([found]))  # all processes cut the rows of a step alike
+    print(f"tokens_per_microbatch auto is {found:,}; all completions of a step have at most {whole_step:,}")
+    return replace(config, tokens_per_microbatch=found)
 
 
 def lower(table_of, config: Config, limit: float, can_sleep: bool) -> str:

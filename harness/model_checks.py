@@ -70,9 +70,23 @@ def refused(model: nn.Module, what: str):
         raise UsageError(f"{type(model).__name__} {what}: {type(error).__name__}: {reason}") from error
 
 
+@contextmanager
+def exact_products():
+    """Products of float32 in float32, also where a run wants them faster."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @torch.no_grad()
+@exact_products()
 def check_model(run, make_policy, make_sampler) -> None:
     """Refuses a model that the trainer, or the sampler of torch, would compute otherwise than it computes itself.
+
+    It is looked at where it will run, if that is one CUDA GPU, and else on the CPU.
 
     Args:
         run: a `loading.Run` with model, problems, and the name of the sampler.
@@ -81,7 +95,9 @@ def check_model(run, make_policy, make_sampler) -> None:
     Raises:
         UsageError: says in one line what is not as it must be.
     """
-    model, prompt = run.model, run.problems[0].ids
+    device = run.accelerator.device
+    device = device if device.type == "cuda" and run.accelerator.num_processes == 1 else torch.device("cpu")
+    model, prompt = run.model.to(device), run.problems[0].ids
     name, table = type(model).__name__, model.get_input_embeddings()
     rows = [prompt[:PROMPT], prompt[: max(1, min(PROMPT, len(prompt)) // 3)]]
     vocabulary = getattr(table, "num_embeddings", 0)
@@ -89,17 +105,18 @@ def check_model(run, make_policy, make_sampler) -> None:
         if max(rows[0]) >= vocabulary:
             raise UsageError(f"the prompt has the token {max(rows[0])}, and the model knows {vocabulary} tokens only")
         samples = [Sample(row[:1], row[1:] or row, [], False) for row in rows]
-        own = [logps_of(model(torch.tensor([s.prompt_ids + s.completion_ids])).logits, s) for s in samples]
+        ids = [torch.tensor([s.prompt_ids + s.completion_ids], device=device) for s in samples]
+        own = [logps_of(model(row).logits, s) for row, s in zip(ids, samples, strict=True)]
     if not all(row.isfinite().all() for row in own):
         raise UsageError(f"{name} computes numbers that are not finite: its weights are broken")
     if model.base_model is model:
         raise UsageError(f"{name} has no decoder under the name {model.base_model_prefix!r} that gives hidden states")
     policy = make_policy(model)
     with refused(model, "cannot be trained here"):
-        batch = policy_inputs(samples, own[0].device)
-        alone = [policy(**policy_inputs([s], own[0].device))[0][0] for s in samples]
+        batch = policy_inputs(samples, device)
+        alone = [policy(**policy_inputs([s], device))[0][0] for s in samples]
         together = policy(**batch)[0]
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             training = policy.train()(**batch)[0]
     model.eval()
     if far(own, alone):
@@ -116,15 +133,15 @@ def check_model(run, make_policy, make_sampler) -> None:
     with refused(model, "cannot be sampled from with torch (vLLM may serve it: --sampler vllm)"):
         sampler = make_sampler(model, list(range(0, vocabulary, 3)))  # so that rows end at different times
         drawn = sampler.generate(rows, 3, Sampling(max_tokens=4), 0)
-        trained = policy(**policy_inputs(drawn, own[0].device))[0]
-    if far([torch.tensor(s.logps) for s in drawn], trained):
+        trained = policy(**policy_inputs(drawn, device))[0]
+    if far([torch.tensor(s.logps, device=device) for s in drawn], trained):
         raise UsageError(f"{name} is another model where its past is cached: --sampler vllm may be right for it")
 
 
 def logps_of(logits: torch.Tensor, row: Sample) -> torch.Tensor:
     """Log-probs of the completion, from the logits [1, L, V] of the whole row."""
     logps = logits[0, len(row.prompt_ids) - 1 : -1].float().log_softmax(-1)
-    return logps.gather(1, torch.tensor(row.completion_ids)[:, None])[:, 0]
+    return logps.gather(1, torch.tensor(row.completion_ids, device=logps.device)[:, None])[:, 0]
 
 
 def far(rows, others) -> bool:

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -55,6 +56,7 @@ class RunFolder:
         self.config: Config | None = None  # likewise; there is none in pretraining
         self.changed: dict[str, list] = {}  # settings that are not what it was trained with so far
         self.lock_held: Lock | None = None
+        self.record: Future | None = None  # of run.json, which is being written
 
     @classmethod
     def create(cls, config: Config, writes: bool = True) -> "RunFolder":
@@ -125,13 +127,21 @@ class RunFolder:
         """Called once everything is checked and loaded; `step` is the one that the run goes on from."""
         self.write_config(config)
         if step == 0 and self.writes and not (self.path / "run.json").exists():
-            self.write_whole("run.json", json.dumps({"format": FORMAT, "model": checksums_of_model(config.model)}))
+            self.record = ThreadPoolExecutor(1).submit(self.write_record, config.model)
         for name, (was, now) in self.changed.items():
             print(f"{name} was {was!r} up to step {step}, and is {now!r} from now on")
         if self.changed:
             self.append("changes.jsonl", [{"step": step, "changed": self.changed}])
         self.config, self.evaluations = config, self.read("eval.jsonl")
         self.trackers = Trackers(config if self.writes else replace(config, report_to=""), self.path, step)
+
+    def wait_for_record(self) -> None:
+        if self.record:
+            self.record.result()  # raises what went wrong there
+
+    def write_record(self, model: str) -> None:
+        """run.json. To read the files of a large model takes seconds, in which the first steps go on."""
+        self.write_whole("run.json", json.dumps({"format": FORMAT, "model": checksums_of_model(model)}))
 
     def append(self, name: str, rows: list[dict]) -> None:
         if not self.writes:
@@ -168,6 +178,7 @@ class RunFolder:
         a step follows from the seed and the step's number.
         """
         partial, whole = self.path / ".partial", self.path / f"checkpoint-{step}"
+        self.wait_for_record()
         if self.writes:
             shutil.rmtree(partial, ignore_errors=True)
         weights, moments = whole_weights(model, optimizer), {} if self.engine else packed_moments(optimizer)
@@ -199,6 +210,7 @@ class RunFolder:
 
     def close(self, started: float, tokens: int, interrupted: bool = False) -> dict[str, Any]:
         """Ends the trackers; returns what `train` does: first and last evaluation, seconds, tokens, the path."""
+        self.wait_for_record()
         with may_fail("the end of the trackers"):
             self.trackers.finish()
         if self.lock_held:

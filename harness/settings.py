@@ -60,6 +60,8 @@ class Config:
     """seed of everything random; on a CPU the same seed gives the same run"""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """where to run; auto takes a GPU if there is one"""
+    cudnn_attention: bool = False
+    """let torch take cuDNN's attention on CUDA: it plans anew for each new length of rows (docs/gpu.md)"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """arithmetic of the forward and backward pass (of the weights: `optimizer`); auto is bf16 on CUDA, else fp32"""
     about: str = ""
@@ -146,8 +148,8 @@ class Config:
     """AdamW's weight decay"""
     grad_clip: float = 1.0
     """largest norm of the gradient; a longer one is scaled down to it"""
-    tokens_per_microbatch: int = 8192
-    """tokens, padding included, that go through the model at once: lower it when memory runs out"""
+    tokens_per_microbatch: int | Literal["auto"] = 8192
+    """tokens, padding included, that go through the model at once; auto is as many as memory allows, by arithmetic"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: slower, with less memory"""
 
@@ -190,7 +192,7 @@ class Config:
             value, choices = getattr(self, f.name), get_args(f.type)
             if get_origin(f.type) is Literal and value not in choices:
                 raise UsageError(f"{f.name} is {value!r}, it must be one of {', '.join(choices)}")
-            if f.name in LOWEST and not LOWEST[f.name] <= value < math.inf:
+            if f.name in LOWEST and value != "auto" and not LOWEST[f.name] <= value < math.inf:
                 why = " (with one completion there is nothing to compare it with)" if f.name == "group_size" else ""
                 raise UsageError(f"{f.name} is {value}, it must be {LOWEST[f.name]} or more{why}")
             if f.name in ("temperature", "top_p", "lr", "grad_clip") and not 0 < value < math.inf:
@@ -267,4 +269,4 @@ CHANGEABLE_ON_RESUME |= {"keep_best", "max_minutes", "allow_changed", "trust_rem
 CHANGEABLE_ON_RESUME |= {"reflection_words", "report_to", "project", "run_name"}
 # what memory needs
 CHANGEABLE_ON_RESUME |= {"tokens_per_microbatch", "gradient_checkpointing", "offload_reference", "vllm_sleep"}
-CHANGEABLE_ON_RESUME |= {"reward_seconds", "kv_cache_gb"}
+CHANGEABLE_ON_RESUME |= {"reward_seconds", "kv_cache_gb", "cudnn_attention"}

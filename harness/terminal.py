@@ -62,6 +62,9 @@ def announce(config: Config, run) -> None:
     )
     if run.checkpoint:
         print(f"going on from {run.checkpoint}")
+    if run.sampler_name == "vllm":
+        run.sampler.log.move_to(run.folder.path)
+        print("what vLLM says is in vllm.log there")
     if config.uses_trainer_logps:
         print("the ratio is taken against log-probs of the trainer: one more forward pass a step")
     if config.drops_dead_groups and config.loss_is_regularised:

@@ -67,9 +67,9 @@ PITFALLS = [
             "prompt_lengths[:, None] - 1", "prompt_lengths[:, None] - 2"),
     pitfall(11, "dropout left on", "load_model", "switch_off_noise(model)", "None"),
     pitfall(12, "greedy where top_k is 0", "TorchSampler._generate",
-            "if temperature > 0:\n    token = torch.multinomial(all_logps.exp(), 1, generator=self.generator)\n"
+            "if temperature > 0:\n    token = variants.draw(all_logps.exp(), self.generator)\n"
             "else:\n    token = all_logps.argmax(-1, keepdim=True)",
-            "if temperature > 0 and top_k:\n    token = torch.multinomial(all_logps.exp(), 1, generator=self.generator)\n"
+            "if temperature > 0 and top_k:\n    token = variants.draw(all_logps.exp(), self.generator)\n"
             "else:\n    token = all_logps.argmax(-1, keepdim=True)"),
     pitfall(13, "temperature in sampling only", "Policy._token_logps",
             "output_logits(self.model, hidden) / self.temperature", "output_logits(self.model, hidden)"),
@@ -256,8 +256,8 @@ FURTHER = [
            "loading.load_model(config.model, trust_remote_code=config.trust_remote_code)",
            "loading.load_model(run.source, trust_remote_code=config.trust_remote_code)"),
     mutant("test_run.py::test_the_memory_of_vllm_is_counted_where_it_samples", "memory of the other sampler", "load",
-           'memory.check_memory(model_config, config, accelerator, sampler == "vllm")',
-           'memory.check_memory(model_config, config, accelerator, sampler == "torch")'),
+           'memory.fitted(model_config, config, accelerator, sampler == "vllm")',
+           'memory.fitted(model_config, config, accelerator, sampler == "torch")'),
     mutant("test_run.py::test_code_of_a_model_is_trusted_wherever_it_is_loaded", "code of the policy is not trusted",
            "load", "load_model(name, config.gradient_checkpointing, config.trust_remote_code)",
            "load_model(name, config.gradient_checkpointing)"),
@@ -326,7 +326,7 @@ FURTHER = [
     mutant("harness/test_memory.py::test_what_is_spread_over_processes", "FSDP keeps whole weights", "Spread.of",
            "cls(n, n, n, n)", "cls(n, 1, n, n)"),
     mutant("harness/test_memory.py::test_processes_share_the_memory_of_a_machine", "each process has the whole machine",
-           "check_memory", "free //= 1 if on_gpu else spread.processes", "free //= 1"),
+           "fitted", "free //= 1 if on_gpu else spread.processes", "free //= 1"),
     mutant("harness/test_memory.py::test_the_evaluation_counts_in_the_rows_that_are_sampled_at_once", "the evaluation's rows forgotten",
            "needs", "max(config.sample_rows, config.group_size, config.eval_samples)",
            "max(config.sample_rows, config.group_size)"),
@@ -667,4 +667,54 @@ SURVIVAL = [
              "self.longest + 1.5 * WATCH.seconds + 3 * self.config.max_minutes", "0"),
 ]  # fmt: skip
 
-MUTANTS = PITFALLS + WIRING + FURTHER + SEAMS + ONE_PAGE + FIRST_MINUTES + MODELS + HOSTILE + VERIFIERS + SURVIVAL
+HEAD = "harness/test_fast_head.py::test_numbers_and_gradients_are_those_of_the_plain_head"
+ARRIVES = "harness/test_fast_head.py::test_the_gradient_that_arrives_counts_whatever_was_foreseen"
+AUTO = "harness/test_memory.py::test_auto_takes_the_largest_microbatch_that_fits"
+DRAW = "test_sampler.py::test_a_draw_is_the_first_token_whose_sum_reaches_the_level"
+LOG = "harness/test_messages.py::test_all_output_goes_to_the_log_and_comes_back"
+MOVES = "harness/test_messages.py::test_a_log_moves_to_the_run_and_goes_on_behind_what_is_there"
+
+SPEED = [
+    mutant(HEAD, "the fast head forgets the temperature", "token_logps",
+           "scale_and_cap(policy.model.config)[0] / policy.temperature", "scale_and_cap(policy.model.config)[0]"),
+    mutant(HEAD, "the fast head forgets the scale of the logits", "token_logps",
+           "scale_and_cap(policy.model.config)[0] / policy.temperature", "1 / policy.temperature"),
+    mutant(HEAD, "the entropy of the fast head without the log-sum", "logp_and_entropy",
+           "log_sum - logits.mul_(probs).sum(-1)", "-logits.mul_(probs).sum(-1)"),
+    mutant(HEAD, "the scale is not in the gradient of the fast head", "FastHead.backward",
+           "gradients.add(at, h, probs, targets, ctx.scale * slopes[at], weight)",
+           "gradients.add(at, h, probs, targets, slopes[at], weight)"),
+    mutant(HEAD, "the slopes of a chunk are those of the first one", "slope_of",
+           "torch.autograd.grad(loss, flat)[0][at]", "torch.autograd.grad(loss, flat)[0][: len(logps)]"),
+    mutant(HEAD, "the head's bias gets no gradient", "Gradients.add", "probs.sum(0)", "0"),
+    mutant(ARRIVES, "what was foreseen counts", "FastHead.backward",
+           "same_up_to_a_factor(torch.cat(ctx.slopes), slopes[:at.start]) if ctx.slopes else None", "1.0"),
+    mutant(ARRIVES, "a loss that is multiplied is computed again", "same_up_to_a_factor",
+           "float(factor) if same else None", "None"),
+    mutant("harness/test_fast_head.py::test_a_head_that_is_more_than_a_product_is_left_to_the_plain_one",
+           "capped logits in the fast head", "applies", "scale_and_cap(model.config)[1] is None", "True"),
+    mutant("harness/test_fast_head.py::test_policy_uses_it_and_gives_the_same_as_with_the_plain_head",
+           "the loss is not handed over", "batch_loss", "policy(**inputs, loss_of=loss_of)", "policy(**inputs)"),
+    mutant(HEAD, "the entropy bonus without its gradient", "best_head",
+           "policy.entropy_gradient or not applies(policy.model)", "not applies(policy.model)")
+    ._replace(tests=("tests/test_loss.py",)),
+    mutant(DRAW, "a token of probability 0 can be drawn", "draw", "(1 - below_1) * sums[:, -1:]", "below_1 * sums[:, -1:]"),
+    mutant(DRAW, "the level is of probabilities that sum to 1", "draw", "(1 - below_1) * sums[:, -1:]", "1 - below_1"),
+    mutant(AUTO, "auto fills the card", "fitted", "largest_microbatch(table_of, config, 0.9 * free, spread.processes)",
+           "largest_microbatch(table_of, config, free, spread.processes)"),
+    mutant("harness/test_memory.py::test_with_auto_all_processes_cut_alike", "each process cuts as its card allows",
+           "largest_microbatch", "min(parallel.join([found]))", "found"),
+    mutant("harness/test_settings.py::test_a_setting_changes_what_it_says_and_nothing_else", "a resumed run may cut otherwise",
+           "setup", "config, accelerator, model = run.config, run.accelerator, run.model",
+           "accelerator, model = run.accelerator, run.model"),
+    mutant("harness/test_loading.py::test_which_attention_torch_may_take", "cuDNN's attention whatever was asked for",
+           "make_accelerator", "torch.backends.cuda.enable_cudnn_sdp(config.cudnn_attention)", "None"),
+    mutant(LOG, "output does not come back", "LibraryLog.everything", "self.point(*saved)", "None"),
+    mutant(MOVES, "an earlier log is lost", "LibraryLog.move_to", 'open(target, "ab")', 'open(target, "wb")'),
+    mutant(MOVES, "messages go on into a file that is gone", "LibraryLog.move_to", "if self.loggers:\n    self.open()", "pass"),
+    mutant(MOVES, "what went wrong is in the log alone", "LibraryLog.open", "[self.handler, loud]", "[self.handler]"),
+    mutant("harness/test_reliability.py::test_the_record_of_a_run_is_written_before_its_first_checkpoint",
+           "the record may come after a checkpoint", "RunFolder.save_checkpoint", "self.wait_for_record()", "None"),
+]  # fmt: skip
+
+MUTANTS = SPEED + PITFALLS + WIRING + FURTHER + SEAMS + ONE_PAGE + FIRST_MINUTES + MODELS + HOSTILE + VERIFIERS + SURVIVAL

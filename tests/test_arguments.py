@@ -847,7 +847,7 @@ DEFAULTS = {
     | dict(dead_groups="auto", resample_rounds=0, mask_truncated=False, overlong_share=0, offload_reference=False)
     | dict(optimizer="adamw", lr=1e-6, lr_schedule="constant", warmup_steps=0, weight_decay=0, grad_clip=1)
     | dict(tokens_per_microbatch=8192, gradient_checkpointing=False, eval_steps=50, eval_samples=8, runs="runs")
-    | dict(save_steps=50, keep_last=2, keep_best=True, max_minutes=0, print_groups=50)
+    | dict(save_steps=50, keep_last=2, keep_best=True, max_minutes=0, print_groups=50, cudnn_attention=False)
     | dict.fromkeys(("model", "task", "about", "report_to", "project", "run_name", "resume", "allow_changed"), ""),
 }
 

@@ -10,6 +10,7 @@ import torch
 from conftest import expected_loss, is_close, largest_difference, other_model, row_logps, updated
 
 import grpo
+from harness import fast_head, memory
 from harness.batching import microbatches, policy_inputs, row_tokens
 from harness.optimizers import learning_rate
 from variants import adapted_kl_coef
@@ -195,7 +196,7 @@ def test_chunks_change_nothing(model, make_rollouts, monkeypatch):
         return {name: p.grad.clone() for name, p in model.named_parameters()}
 
     whole = gradients()
-    monkeypatch.setattr(grpo.Policy, "CHUNK", 7)
+    monkeypatch.setattr(memory, "logits_chunk", lambda config: 7)
     assert largest_difference(gradients(), whole) < 1e-4
 
 
@@ -257,23 +258,23 @@ def test_nothing_depends_on_budget_order_or_dead_groups(model, make_rollouts, ma
                 assert is_close(metrics[key], other_metrics[key], 1e-5), (name, key)
 
 
-def test_prompt_and_padding_are_not_trained_and_eos_is(model, make_config, accelerator):
-    """The gradient at the output head's input exists for the completion's tokens only, the last of them EOS."""
+@pytest.mark.parametrize("plain", [False, True])
+def test_prompt_and_padding_are_not_trained_and_eos_is(plain, model, make_config, accelerator, monkeypatch):
+    """The output head gets the completion's tokens only, the last of them EOS."""
     eos = 2
     rollouts = [
         grpo.Rollout([5, 6, 7], [8, eos], [-3.0, -3.0], False, advantage=1.0),
         grpo.Rollout([5, 6], [9, 10, 11, 12], [-3.0] * 4, True, advantage=-1.0),
     ]
     seen = []
-    original = grpo.output_logits
-    policy = grpo.Policy(model)
+    policy = grpo.Policy(model, entropy_gradient=plain)
     inputs = policy_inputs(rollouts, torch.device("cpu"))
-    try:
-        grpo.output_logits = lambda m, hidden: (seen.append(len(hidden)), original(m, hidden))[1]
-        logps, _ = policy(**inputs)
-    finally:
-        grpo.output_logits = original
-    assert seen == [6]
+    for place, name in ((grpo, "output_logits"), (fast_head, "logits_of")):
+        watched = getattr(place, name)
+        watch = lambda a, b, *more, f=watched: seen.append(b if plain else a) or f(a, b, *more)  # noqa: E731
+        monkeypatch.setattr(place, name, watch)
+    logps, _ = policy(**inputs)
+    assert [len(hidden) for hidden in seen] == [6]
     _, change = updated(model, rollouts, make_config(), accelerator)
     assert change["lm_head.weight" if "lm_head.weight" in change else "transformer.word_embeddings.weight"].any()
     # pushing up the advantage of the first row alone makes its EOS likelier

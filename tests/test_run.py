@@ -862,11 +862,11 @@ def test_training_prompts_that_are_all_too_long_are_told_before_the_evaluation(r
 
 @pytest.mark.parametrize("kind", ["torch", "vllm"])
 def test_the_memory_of_vllm_is_counted_where_it_samples(kind, run, monkeypatch):
-    def check_memory(model_config, config, accelerator, vllm):
+    def fitted(model_config, config, accelerator, vllm):
         raise grpo.UsageError(f"asked with {vllm}")
 
     monkeypatch.setattr(loading, "choose_sampler", lambda *args: kind)
-    monkeypatch.setattr(memory, "check_memory", check_memory)
+    monkeypatch.setattr(memory, "fitted", fitted)
     with pytest.raises(grpo.UsageError, match=f"asked with {kind == 'vllm'}"):
         run(steps=0)
 

@@ -13,7 +13,7 @@ from transformers.integrations import sdpa_attention
 import grpo
 from harness import kv_cache, loading
 from harness.batching import policy_inputs
-from variants import keep_top
+from variants import draw, keep_top
 
 pytestmark = pytest.mark.floats
 
@@ -228,3 +228,26 @@ def test_loaded_models_have_no_dropout_and_float32_weights(tmp_path, tokenizer, 
     model.train()
     ids = torch.tensor([PROMPTS[0]])
     assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("below_1, token", [(0.0, 3), (0.49, 3), (0.51, 1), (0.8, 1), (1 - 2**-53, 1)])
+@pytest.mark.parametrize("times", [1.0, 1 + 1e-6])
+def test_a_draw_is_the_first_token_whose_sum_reaches_the_level(times, below_1, token, monkeypatch):
+    """Rounding may leave probabilities that do not sum to 1; tokens of probability 0 are never drawn."""
+    monkeypatch.setattr(torch, "rand", lambda *shape, dtype, **where: torch.full(shape, below_1, dtype=dtype))
+    probs = times * torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0], [0.5, 0.0, 0.0, 0.0, 0.5]])
+    assert draw(probs, None).tolist() == [[token], [0 if token == 1 else 4]]
+
+
+def test_draws_have_the_probabilities_that_they_should():
+    generator, n = torch.Generator().manual_seed(0), 200_000
+    probs = torch.tensor([1e-4, 0.3, 0.0, 0.6, 0.0999])
+    counts = draw(probs.expand(n, -1), generator)[:, 0].bincount(minlength=5)
+    expected = n * probs
+    assert counts[2] == 0
+    assert ((counts - expected).abs() <= 4 * (expected * (1 - probs)).sqrt()).all()
+
+
+def test_what_has_diverged_is_not_drawn_from():
+    with pytest.raises(grpo.UsageError, match="logits are not numbers"):
+        draw(torch.tensor([[0.5, 0.5], [math.nan, 0.5]]), torch.Generator())

@@ -32,6 +32,19 @@ def test_auto_takes_vllm_for_language_models_on_a_gpu(installed, device, model, 
     assert choose_sampler(make_config(), model, torch.device(device)) == chosen
 
 
+@pytest.mark.parametrize("cudnn_attention", [True, False])
+def test_which_attention_torch_may_take(cudnn_attention, monkeypatch, make_config):
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setattr(loading, "load_model", lambda *args: (_ for _ in ()).throw(grpo.UsageError("far enough")))
+    try:
+        with pytest.raises(grpo.UsageError, match="far enough"):
+            grpo.train(make_config(cudnn_attention=cudnn_attention))
+        assert torch.backends.cuda.cudnn_sdp_enabled() == cudnn_attention
+        assert torch.backends.cuda.flash_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 def test_a_missing_vllm_is_one_line(monkeypatch, make_config):
     monkeypatch.setattr(loading, "find_spec", lambda name: None)
     monkeypatch.setattr(loading, "load_model", lambda name: pytest.fail("the model was loaded"))

@@ -92,7 +92,8 @@ def test_the_parts_of_a_3b_run():
     assert parts["key-value cache"] == [int(1.2 * 16 * 4 * 1280 * 36 * 1024)] * 3
     # with gradient checkpointing, the residual stream of each layer and all of one layer, or the logits
     layer = 26 * 2048 + 4 * 2048 + 2 * 512 + 8 * 11008
-    assert parts["logits"] == [0, 12 * 2048 * 151936, 12 * 2048 * 151936 - 8192 * layer]
+    logits = 8 * 2048 * 151936 + 4 * 151936 * 2048
+    assert parts["logits"] == [0, logits, logits - 8192 * layer]
     assert parts["activations"][2] == 8192 * (36 * 4 * 2048 + layer)
     kept = table(QWEN_3B, replace(recipe("countdown-3b"), gradient_checkpointing=False))
     assert kept["activations"][2] == 8192 * 36 * layer
@@ -124,11 +125,11 @@ def test_settings_move_the_parts_that_they_should():
 
 @pytest.fixture
 def card(monkeypatch):
-    """check_memory for a model of this shape on a card with so many free bytes."""
+    """What `fitted` says of a model of this shape on a card with so many free bytes."""
 
     def check(shape: dict, config: grpo.Config, free: float, vllm: bool = True):
         monkeypatch.setattr(memory, "free_memory", lambda device: free)
-        memory.check_memory(transformers.Qwen2Config(**shape), config, GPU, vllm)
+        memory.fitted(transformers.Qwen2Config(**shape), config, GPU, vllm)
 
     return check
 
@@ -148,6 +149,44 @@ def test_what_fits_is_shown_and_what_does_not_is_refused_with_advice(card, capsy
         card(QWEN_3B, config, 32e9)
     with pytest.raises(grpo.UsageError, match="are free. With --tokens_per_microbatch .*--gradient_checkpointing true"):
         card(QWEN_HALF_B, replace(config, kl_coef=0.0, gradient_checkpointing=False), 19e9)
+
+
+def chosen(free: float, monkeypatch, **settings) -> grpo.Config:
+    """The 3B recipe with `auto` on a card with so many free bytes."""
+    monkeypatch.setattr(memory, "free_memory", lambda device: free)
+    config = replace(recipe("countdown-3b"), tokens_per_microbatch="auto", **settings)
+    return memory.fitted(transformers.Qwen2Config(**QWEN_3B), config, GPU, True)
+
+
+@pytest.mark.parametrize("free", [81e9, 85e9, 100e9])
+def test_auto_takes_the_largest_microbatch_that_fits(free, monkeypatch, capsys):
+    config = chosen(free, monkeypatch)
+    tokens = config.tokens_per_microbatch
+    assert f"tokens_per_microbatch auto is {tokens:,}; all completions of a step have at most 81,920" in (
+        capsys.readouterr().out
+    )
+    training = [
+        sum(part[2] for part in table(QWEN_3B, replace(config, tokens_per_microbatch=n), free=free).values())
+        for n in (tokens, tokens + 1024)
+    ]
+    assert training[0] < 0.9 * free <= training[1] and 1280 <= tokens < 81920
+
+
+def test_auto_takes_a_whole_step_where_there_is_room(monkeypatch):
+    assert chosen(400e9, monkeypatch).tokens_per_microbatch == 64 * 1280
+    assert chosen(400e9, monkeypatch, prompts_per_step=1).tokens_per_microbatch == 4 * 1280
+
+
+def test_auto_with_no_room_for_one_row_is_one_line(monkeypatch, capsys):
+    with pytest.raises(grpo.UsageError, match=r"needs about \d+ GB of memory, 30.0 are free. With "):
+        chosen(30e9, monkeypatch)
+    assert "tokens_per_microbatch auto is 1,280;" in capsys.readouterr().out
+
+
+def test_with_auto_all_processes_cut_alike(monkeypatch):
+    alone = chosen(85e9, monkeypatch).tokens_per_microbatch
+    monkeypatch.setattr(memory.parallel, "join", lambda own: [*own, 2048])
+    assert chosen(85e9, monkeypatch).tokens_per_microbatch == 2048 < alone
 
 
 def test_the_advice_comes_true(card, capsys):
@@ -261,10 +300,10 @@ def live_bytes(work) -> int:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "adamw_offload"])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_the_training_column_is_what_an_update_holds(bf16, optimizer, checkpointing, accelerator, monkeypatch):
-    """With a quarter of the tokens of a small run, and logits of a quarter as many at a time."""
-    monkeypatch.setattr(memory, "LOGITS_CHUNK", 512)
-    monkeypatch.setattr(grpo.Policy, "CHUNK", 512)
+@pytest.mark.parametrize("chunk", [256, 1024])
+def test_the_training_column_is_what_an_update_holds(chunk, bf16, optimizer, checkpointing, accelerator, monkeypatch):
+    """With a quarter of the tokens of a small run, and logits of a part of them, or of all, at a time."""
+    monkeypatch.setattr(memory, "logits_chunk", lambda config: chunk)
     torch.manual_seed(0)
     shape = SHAPE | dict(vocab_size=8000, hidden_size=128, intermediate_size=512, num_hidden_layers=4)
     model_config = transformers.Qwen2Config(**shape | dict(num_attention_heads=4), tie_word_embeddings=True)
@@ -287,6 +326,8 @@ def test_the_training_column_is_what_an_update_holds(bf16, optimizer, checkpoint
         grpo.update(policy, adamw, accelerator, rollouts, config, step=1)
 
     step()  # makes the moments
+    if optimizer == "adamw_8bit":  # not compiled, as here, its step has float32 copies of moments
+        monkeypatch.setattr(adamw, "step", lambda: None)
     held = [*policy.parameters(), *optimizers.packed_moments(adamw).values(), *getattr(adamw, "float32_weights", [])]
     measured = sum(tensor.numel() * tensor.element_size() for tensor in held) + live_bytes(step)
     parts = memory.needs(Shape.of(model_config), config, bf16, False, False, 1e12, Spread())
@@ -307,7 +348,7 @@ def test_processes_share_the_memory_of_a_machine(monkeypatch, capsys):
     for device, free in (("cpu", "25.0"), ("cuda", "100.0")):  # each has a card of its own
         accelerator = SimpleNamespace(device=torch.device(device), mixed_precision="no", num_processes=4)
         accelerator.distributed_type = DistributedType.MULTI_CPU
-        memory.check_memory(transformers.Qwen2Config(**QWEN_HALF_B), recipe("gsm8k-0.5b"), accelerator, False)
+        memory.fitted(transformers.Qwen2Config(**QWEN_HALF_B), recipe("gsm8k-0.5b"), accelerator, False)
         assert capsys.readouterr().out.splitlines()[-1].split()[-1] == free
 
 

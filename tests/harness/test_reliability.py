@@ -3,8 +3,10 @@
 import ast
 import json
 import os
+import re
 import resource
 import shutil
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from kill_and_resume import run as kill_and_resume
 from safetensors.torch import load_file
 
 import grpo
-from harness import files, loading
+from harness import files, loading, run_folder
 from harness.checkpoints import LOGS
 from harness.checkpoints import damage as damage_of
 from harness.metrics import Alarms
@@ -218,6 +220,23 @@ def test_config_and_csv_are_replaced_whole(tmp_path, make_config, monkeypatch):
     assert (folder.path / "config.yaml").read_text() == before
 
 
+def test_the_record_of_a_run_is_written_before_its_first_checkpoint(run, monkeypatch, tmp_path):
+    """It is made beside the first steps, as long as it may take."""
+    checksums = run_folder.checksums_of_model
+
+    def slow(model):
+        time.sleep(1.0)
+        return checksums(model)
+
+    monkeypatch.setattr(run_folder, "checksums_of_model", slow)
+    monkeypatch.setattr(run_folder, "write_state", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(steps=1, save_steps=1, eval_steps=0)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert len(rows(folder, "metrics.jsonl")) == 1, "the step did not wait for it"
+    assert (folder / "run.json").exists(), "the checkpoint waited"
+
+
 # Training that notices
 
 
@@ -237,10 +256,11 @@ def test_three_steps_that_are_not_finite_end_the_run_with_its_rollouts_saved(run
         return row
 
     monkeypatch.setattr(grpo, "update", watched)
-    with pytest.raises(grpo.UsageError, match="not finite in 3 steps in a row, up to step 6"):
+    with pytest.raises(grpo.UsageError, match="not finite in 3 steps in a row, up to step ") as told:
         run(dead_groups="keep")
     (folder,) = (tmp_path / "runs").iterdir()
-    assert len(rows(folder, "rollouts.jsonl")) == 6 * 8
+    last = int(re.search(r"up to step (\d+)", str(told.value))[1])
+    assert len(rows(folder, "rollouts.jsonl")) == last * 8
     metrics = [(row["nonfinite_updates"], row["zero_advantage_groups"] == 1) for row in rows(folder, "metrics.jsonl")]
     assert metrics[-3:] == [(1, False)] * 3 and all(bad == 1 or dead for bad, dead in metrics)
     assert all(torch.equal(a, b) for a, b in zip(weights[0], weights[-1], strict=True))

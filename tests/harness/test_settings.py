@@ -497,6 +497,15 @@ def check_microbatches(a, b, stands):
     )
 
 
+def check_auto(a, b, stands):
+    whole_step = 2 * 4 * (20 + 8)
+    assert f"tokens_per_microbatch auto is {whole_step};" in b.printed
+    assert f"tokens_per_microbatch: {whole_step}\n" in (b.folder / "config.yaml").read_text(), (
+        "a resumed run cuts alike"
+    )
+    assert sum(training for training, *_ in b.passes) == sum(not row["skipped_updates"] for row in b.metrics)
+
+
 def check_checkpointing(a, b, stands):
     assert b.layers == 2 * a.layers > 0, "each layer goes forward twice in an update"
     assert b.metrics[0]["grad_norm"] == about(a.metrics[0]["grad_norm"])
@@ -533,7 +542,7 @@ def check_reflection_words(a, b, stands):
 
 
 CASES = [
-    of("model", "OTHER", "completions evaluation weights", may="passes"),
+    of("model", "OTHER", "completions weights", may="evaluation passes"),
     of("task", "TWICE", "prompts", check_task, may="evaluation passes"),
     of("task_args", '{"max_depth": 3}', "prompts", check_task_args, may="evaluation passes"),
     of(
@@ -587,7 +596,7 @@ CASES = [
     ),
     of("kl_target", 1000, "later", check_kl("k3", (0.5, 0.49)), kl_coef=0.5),
     of("kl_target", 1000, "later", check_kl("k3", (0.5, 0.49), True), kl_coef=0.5, kl_in="reward", advantage="rloo"),
-    of("entropy_coef", 0.5, "loss gradient weights", check_entropy_coef),
+    of("entropy_coef", 0.5, "loss gradient weights", check_entropy_coef, may="passes"),
     of("old_logps", "trainer", "passes loss gradient", check_old_logps, SAMPLER_OFF=-0.3),
     of("epochs", 3, "weights passes layers", check_epochs, may="loss gradient counts"),
     of("minibatches", 2, "weights passes", check_minibatches, may="loss gradient counts layers"),
@@ -629,10 +638,18 @@ CASES = [
     of("lr", 3e-3, "lr weights", check_lr),
     of("lr_schedule", "linear", "lr later", check_schedule(2 / 3, 1 / 3), steps=3),
     of("lr_schedule", "cosine", "lr later", check_schedule(0.75, 0.25), steps=3),
-    of("warmup_steps", 2, "lr weights", check_warmup),
-    of("weight_decay", 10, "weights", check_weight_decay),
+    of("warmup_steps", 2, "lr weights", check_warmup, may="passes"),
+    of("weight_decay", 10, "weights", check_weight_decay, may="passes"),
     of("grad_clip", 0.01, "later", check_grad_clip, may="weights"),
     of("tokens_per_microbatch", 30, "passes layers", check_microbatches, may="loss gradient weights"),
+    of(
+        "tokens_per_microbatch",
+        "auto",
+        "passes layers",
+        check_auto,
+        may="loss gradient weights",
+        tokens_per_microbatch=30,
+    ),
     of(
         "gradient_checkpointing",
         "true",
@@ -671,6 +688,7 @@ def test_a_setting_changes_what_it_says_and_nothing_else(case, seen, stands):
 ELSEWHERE = {
     "trust_remote_code": "harness/test_reliability.py::test_code_of_a_model_is_not_run_unless_asked",
     "kv_cache_gb": "harness/test_vllm.py::test_settings_of_vllm_reach_it",
+    "cudnn_attention": "harness/test_loading.py::test_which_attention_torch_may_take",
     "vllm_sleep": "harness/test_vllm.py::test_settings_of_vllm_reach_it",
     "project": "harness/test_settings.py::test_a_tracker_is_told_the_project_and_the_name_of_the_run",
     "run_name": "harness/test_settings.py::test_a_tracker_is_told_the_project_and_the_name_of_the_run",
@@ -755,9 +773,16 @@ def test_a_tracker_is_told_the_project_and_the_name_of_the_run(seen, monkeypatch
 MAY_CHANGE = {"steps", "eval_steps", "save_steps", "keep_last", "print_groups", "about", "runs", "resume", "project"}
 MAY_CHANGE |= {"reflection_words", "report_to", "run_name", "tokens_per_microbatch", "gradient_checkpointing"}
 MAY_CHANGE |= {"keep_best", "max_minutes", "allow_changed", "trust_remote_code"}
-MAY_CHANGE |= {"offload_reference", "vllm_sleep", "reward_seconds", "kv_cache_gb"}
+MAY_CHANGE |= {"offload_reference", "vllm_sleep", "reward_seconds", "kv_cache_gb", "cudnn_attention"}
 VALUES = {"keep_best": "false", "max_minutes": 5, "allow_changed": "lr"}
-VALUES |= {"trust_remote_code": "true", "kv_cache_gb": 1, "vllm_sleep": "true", "project": "p", "run_name": "r"}
+VALUES |= {
+    "trust_remote_code": "true",
+    "cudnn_attention": "true",
+    "kv_cache_gb": 1,
+    "vllm_sleep": "true",
+    "project": "p",
+    "run_name": "r",
+}
 VALUES |= {case.name: case.changed[case.name] for case in CASES if not case.base or len(case.changed) == 1}
 NEEDS = {"kl_target": dict(kl_coef=0.5), "resample_rounds": dict(dead_groups="resample", resample_rounds=1)}
 NEEDS |= {"kl_in": dict(kl_coef=0.5, advantage="rloo"), "importance_cap": dict(old_logps="trainer")}
