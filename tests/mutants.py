@@ -684,7 +684,7 @@ SPEED = [
     mutant(HEAD, "the scale is not in the gradient of the fast head", "FastHead.backward",
            "gradients.add(at, h, probs, targets, ctx.scale * slopes[at], weight)",
            "gradients.add(at, h, probs, targets, slopes[at], weight)"),
-    mutant(HEAD, "the slopes of a chunk are those of the first one", "slope_of",
+    mutant(ARRIVES, "the slopes of a chunk are those of the first one", "slope_of",
            "torch.autograd.grad(loss, flat)[0][at]", "torch.autograd.grad(loss, flat)[0][: len(logps)]"),
     mutant(HEAD, "the head's bias gets no gradient", "Gradients.add", "probs.sum(0)", "0"),
     mutant(ARRIVES, "what was foreseen counts", "FastHead.backward",

@@ -184,13 +184,18 @@ def test_09_the_end_of_sequence_token_is_trained(model, tokenizer):
     assert ended and all(r.completion_ids[-1] == 2 and len(r.logps) == r.length for r in ended)
 
 
-def test_10_the_prompt_is_not_in_the_loss(model, make_config, accelerator):
+def test_10_the_prompt_is_not_in_the_loss(model, make_config, accelerator, monkeypatch):
     """Only positions that predict a completion token have a gradient, and each of those has one."""
     row, seen = rollout(5, 3), []
     (row,) = on_policy(model, [row])
     policy = grpo.Policy(copy.deepcopy(model))
-    head = policy._token_logps
-    policy._token_logps = lambda hidden, targets: (seen.append(targets.tolist()), head(hidden, targets))[1]
+    best_head = grpo.best_head
+
+    def watched(*args, **hints):
+        head = best_head(*args, **hints)
+        return lambda hidden, targets: (seen.append(targets.tolist()), head(hidden, targets))[1]
+
+    monkeypatch.setattr(grpo, "best_head", watched)
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
     grpo.update(policy, optimizer, accelerator, [row], make_config(), step=1)
     assert all(targets == row.completion_ids for targets in seen) and seen

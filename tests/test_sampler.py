@@ -231,7 +231,7 @@ def test_loaded_models_have_no_dropout_and_float32_weights(tmp_path, tokenizer, 
 
 
 @pytest.mark.parametrize("below_1, token", [(0.0, 3), (0.49, 3), (0.51, 1), (0.8, 1), (1 - 2**-53, 1)])
-@pytest.mark.parametrize("times", [1.0, 1 + 1e-6])
+@pytest.mark.parametrize("times", [1.0, 1 + 1e-6, 1 - 1e-6])
 def test_a_draw_is_the_first_token_whose_sum_reaches_the_level(times, below_1, token, monkeypatch):
     """Rounding may leave probabilities that do not sum to 1; tokens of probability 0 are never drawn."""
     monkeypatch.setattr(torch, "rand", lambda *shape, dtype, **where: torch.full(shape, below_1, dtype=dtype))
