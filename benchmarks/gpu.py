@@ -2,6 +2,9 @@
 
     python benchmarks/gpu.py
     python benchmarks/gpu.py --shapes Qwen2.5-0.5B       one shape; rows of other shapes stay in the table
+    python benchmarks/gpu.py --versus TRL --limit 240    TRL's trainer first, for at most so many seconds a shape
+    python benchmarks/gpu.py --set cudnn_attention=true  other settings than those of WORK: a row of its own
+    python benchmarks/gpu.py --card_gb 24                as on a card of 24 GB
     python benchmarks/gpu.py --tiny --out FOLDER         a toy on any device: does this script still run?
 
 The shapes are those of Qwen models, the weights are random: there is no download. The next token of such a model is
@@ -10,11 +13,12 @@ programs read) give lengths of a geometric distribution with mean m = V / K, cut
 mean that is wanted. With vLLM, K tokens are a cost that real models do not have: it compares each new token with them
 one by one, some 5 us for 500 (1.3 ms a decoding step of 256 rows). A reward is a coin, by the CRC-32 of the text.
 
-`ours` is grpo.train, `TRL` its GRPOTrainer, for the smaller shapes and where it is installed: same prompts, numbers of
+`ours` is grpo.train, `TRL` its GRPOTrainer, where that is asked for and installed: same prompts, numbers of
 completions, limits, learning rate, bf16 autocast over float32 weights, gradient checkpointing, tokens in a microbatch.
 Both sample with vLLM where it is installed, else with torch. TRL's forward pass for importance weights of vLLM's
 log-probs is off, as ours does none; its vLLM takes 0.3 of the card, its default. Each runs in a process of its own, and
-writes no checkpoint. Sampling includes the rewards, but not in TRL; TRL's includes the sync.
+writes no checkpoint. Sampling includes the rewards, but not in TRL; TRL's includes the sync. Of a run that is stopped
+at its limit, the steps until then count. `start` is from the start of the process to the first step.
 
 Training FLOP/s count, for each completion that is trained (ours leaves groups of equal rewards out) of c tokens behind
 a prompt of p, with L = p + c, and are divided by the seconds of training and by the rate of a product of two bf16
@@ -28,11 +32,12 @@ itself takes. Figures are medians over the steps without the first two, in brack
 Writes results/gpu.json, each row with all of this, and results/gpu.md from it.
 """
 
+import argparse
 import json
-import math
 import os
-import platform
 import random
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -44,29 +49,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
+import gpu_profile
+import psutil
 import torch
+import yaml
 from against_trl import OF_TRL, Parity
 from common import RESULTS, ROOT, arguments, commit, table, train, write
+from shapes import MAX_PROMPT, SIZES, WORK, model_config, prepare
 
-QWEN = dict(vocab_size=151936, num_key_value_heads=2, max_position_embeddings=32768, tie_word_embeddings=True)
-SIZES = {
-    "Qwen2.5-0.5B": dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14),
-    "Qwen2.5-1.5B": dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12),
-    "Qwen3-1.7B": dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16)
-    | dict(num_key_value_heads=8, head_dim=128),
-    "Qwen2.5-3B": dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16),
-    "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=1000),
-}
-# prompts, completions of each, their mean and largest number of tokens; microbatches as in configs/
-WORK = {
-    "Qwen2.5-0.5B": dict(P=32, G=8, mean=250, longest=512, microbatch=8192, checkpointing=False),
-    "Qwen2.5-1.5B": dict(P=16, G=8, mean=500, longest=1024, microbatch=4096, checkpointing=False),
-    "Qwen3-1.7B": dict(P=16, G=8, mean=500, longest=1024, microbatch=8192, checkpointing=True),
-    "Qwen2.5-3B": dict(P=16, G=8, mean=400, longest=1024, microbatch=8192, checkpointing=True),
-    "tiny": dict(P=2, G=2, mean=8, longest=16, microbatch=512, checkpointing=True),
-}
-MAX_PROMPT = 128
-BESIDE_TRL = ["Qwen2.5-0.5B", "Qwen2.5-1.5B", "tiny"]
 COLUMNS = {  # figure: digits
     "tokens a completion": 0, "seconds a step": 2, "sampling": 2, "training": 2, "sync": 2, "tokens/s": 0,
     "training TFLOP/s": 1, "% of matmul": 1,
@@ -86,55 +76,25 @@ class Digits(Parity):
         return zlib.crc32(text.encode()) % 2
 
 
-def model_config(shape: str):
-    import transformers
-
-    return getattr(transformers, f"Qwen{3 if 'Qwen3' in shape else 2}Config")(**QWEN | SIZES[shape])
-
-
-def save_tokenizer(folder: str, vocabulary: int, eos: int) -> None:
-    """One that writes token i as the number i and reads digits."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {"<eos>" if i == eos else str(i): i for i in range(vocabulary)}
-    backend = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
-    backend.pre_tokenizer = pre_tokenizers.Digits(individual_digits=True)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<eos>")
-    tokenizer.save_pretrained(folder)
+def until_now() -> float:
+    """Seconds since this process was started."""
+    return time.time() - psutil.Process().create_time()
 
 
-def matmul(size: int) -> dict:
-    """The rate of a matrix product on this card, and its name."""
-    on_gpu, seconds = torch.cuda.is_available(), []
-    where = dict(dtype=torch.bfloat16, device="cuda") if on_gpu else {}
-    a, b = (torch.randn(size, size, **where) for _ in range(2))
-    for _ in range(30):
-        started = time.perf_counter()
-        a @ b
-        if on_gpu:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    name = torch.cuda.get_device_name() if on_gpu else platform.processor() or "a CPU"
-    return {"device": name, "matmul_tflops": 2 * size**3 / median(seconds[10:]) / 1e12}
+def only(gigabytes: float) -> None:
+    """Makes the card, for torch and for memory.py, one of so many GB. vLLM's own allocations are torch's, too."""
+    from harness import memory
 
+    free_memory = memory.free_memory
 
-def prepare(shape: str, folder: str, matmul_size: int) -> dict:
-    """A model of random weights, and its tokenizer."""
-    import transformers
+    def free(device) -> int:
+        used = torch.cuda.memory_reserved() if device.type == "cuda" else 0
+        return int(min(free_memory(device), gigabytes * 1e9 - used))
 
-    config, work, low, high = model_config(shape), WORK[shape], 1.0, 1e6
-    for _ in range(60):  # the mean of a geometric distribution cut off at n is m * (1 - exp(-n / m))
-        m = (low + high) / 2
-        low, high = (m, high) if m * (1 - math.exp(-work["longest"] / m)) < work["mean"] else (low, m)
-    ends = random.Random(0).sample(range(10, config.vocab_size), round(config.vocab_size / m))
-    torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.generation_config.eos_token_id = ends
-    model.save_pretrained(folder)
-    save_tokenizer(folder, config.vocab_size, ends[0])
-    return matmul(matmul_size) | {"parameters": model.num_parameters(), "end_tokens": len(ends)}
+    memory.free_memory = free
+    if torch.cuda.is_available():
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / whole))
 
 
 def figures(shape: str, sampling, training, sync, lengths: list[int], trained: list[list[int]]) -> dict:
@@ -149,18 +109,25 @@ def figures(shape: str, sampling, training, sync, lengths: list[int], trained: l
     return dict(zip(COLUMNS, values, strict=False))  # the last column needs the rate of matmul
 
 
-def ours(shape: str, folder: str, steps: int, sampler: str) -> dict:
+def ours(shape: str, folder: str, how: dict, partial: Path) -> dict:
+    import grpo
     from harness import memory
     from harness.run_folder import RunFolder
 
-    tables, needs, w = [], memory.needs, WORK[shape]
-    memory.needs = lambda *args: tables.append(needs(*args)) or tables[-1]  # the first is that of the run
+    steps, sampler = how["steps"], how["sampler"]
+    tables, starts, needs, collect, w = [], [], memory.needs, grpo.collect, WORK[shape]
+    memory.needs = lambda *args: tables.append(needs(*args)) or tables[-1]
+    grpo.collect = lambda *args: starts.append(until_now()) or collect(*args)
+    if how["card_gb"]:
+        only(how["card_gb"])
     RunFolder.save_checkpoint = RunFolder.save_final = lambda *args, **kwargs: None  # 16 bytes a parameter
     settings = dict(model=folder, task=f"{__file__}:Digits", sampler=sampler, steps=steps, lr=1e-6)
     settings |= dict(prompts_per_step=w["P"], group_size=w["G"], tokens_per_microbatch=w["microbatch"])
     settings |= dict(max_prompt_tokens=MAX_PROMPT, max_completion_tokens=w["longest"])
     settings |= dict(gradient_checkpointing=w["checkpointing"], eval_steps=0, eval_samples=1)
-    metrics, rollouts = train(**settings)
+    fitted = memory.fitted
+    memory.fitted = lambda *args: (fitted(*args), tables.append(None))[0]  # later tables are not of the run as it is
+    metrics, rollouts = train(**settings | how["set"])
     found = []
     for row in metrics:
         rows = [r for r in rollouts if r["step"] == row["step"]]
@@ -169,12 +136,14 @@ def ours(shape: str, folder: str, steps: int, sampler: str) -> dict:
         seconds = [row[f"seconds_{part}"] for part in ("sample", "train", "sync")]
         trained = [[len(r["prompt"]), r["length"]] for r in live]
         found.append(figures(shape, *seconds, [r["length"] for r in rows], trained))
-    parts = {key: value for key, value in tables[0].items() if key != "CUDA"}
+    table_of_run = tables[tables.index(None) - 1]
+    parts = {key: value for key, value in table_of_run.items() if key != "CUDA"}
     by_arithmetic = memory.peak(parts) / 1e9
-    return dict(steps=found, peak=metrics[-1]["peak_memory"], by_arithmetic=by_arithmetic, memory_table=parts)
+    found = dict(steps=found, peak=metrics[-1]["peak_memory"], by_arithmetic=by_arithmetic, memory_table=parts)
+    return found | dict(start=starts[0])
 
 
-def theirs(shape: str, folder: str, steps: int, sampler: str) -> dict:
+def theirs(shape: str, folder: str, how: dict, partial: Path) -> dict:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
@@ -182,16 +151,30 @@ def theirs(shape: str, folder: str, steps: int, sampler: str) -> dict:
     from harness.metrics import peak_memory
 
     on_gpu, w, rng, task, times = torch.cuda.is_available(), WORK[shape], random.Random(0), Digits(), []
+    steps, sampler, starts = how["steps"], how["sampler"], []
     rows, longest = w["P"] * w["G"], MAX_PROMPT + w["longest"]
     at_once = max(n for n in range(1, rows + 1) if rows % n == 0 and n * longest <= w["microbatch"])
 
     class Timed(GRPOTrainer):  # a step lasts from one sampling to the next
         def _generate(self, prompts):
             started = time.time()
+            starts.append(until_now())
+            if times:
+                partial.write_text(json.dumps(result(started)))
             prompt_ids, completion_ids, *more = super()._generate(prompts)
             tokens = [[len(p), len(c)] for p, c in zip(prompt_ids, completion_ids, strict=True)]
             times.append((started, time.time(), tokens))
             return prompt_ids, completion_ids, *more
+
+    def result(now: float) -> dict:
+        """Of the steps that ended until now."""
+        ends = [started for started, _, _ in times[1:]] + [now]
+        found = [
+            figures(shape, sampled - started, end - sampled, None, [c for _, c in tokens], tokens)
+            for (started, sampled, tokens), end in zip(times, ends, strict=True)
+        ]
+        peak = peak_memory(torch.device("cuda" if on_gpu else "cpu"))
+        return dict(steps=found, peak=peak, by_arithmetic=None, start=starts[0])
 
     with tempfile.TemporaryDirectory() as out:
         config = GRPOConfig(
@@ -206,27 +189,30 @@ def theirs(shape: str, folder: str, steps: int, sampler: str) -> dict:
             processing_class=AutoTokenizer.from_pretrained(folder, padding_side="left"),
             reward_funcs=lambda completions, **kwargs: [task.reward(text, {})["reward"] for text in completions],
         ).train()  # fmt: skip
-    ends = [started for started, _, _ in times[1:]] + [time.time()]
-    found = [
-        figures(shape, sampled - started, end - sampled, None, [c for _, c in tokens], tokens)
-        for (started, sampled, tokens), end in zip(times, ends, strict=True)
-    ]
-    return dict(steps=found, peak=peak_memory(torch.device("cuda" if on_gpu else "cpu")), by_arithmetic=None)
+    return result(time.time())
 
 
-def child(function: str, *arguments) -> dict:
-    """What the function returns, in a process of its own; or {"failed": why}."""
+def child(function: str, *arguments, limit: float | None = None) -> dict:
+    """What the function returns, in a process of its own; or {"failed": why}. At the limit, what it has left so far."""
     with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "answer.json"
+        answer, partial = Path(folder) / "answer.json", Path(folder) / "partial.json"
         command = [sys.executable, __file__, "--one", json.dumps([function, *arguments]), str(answer)]
-        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-        return json.loads(answer.read_text()) if answer.exists() else {"failed": f"ended with {done.returncode}"}
+        group = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"}, start_new_session=True)
+        try:
+            why = f"ended with {group.wait(limit)}"
+        except subprocess.TimeoutExpired:
+            os.killpg(group.pid, signal.SIGKILL)
+            group.wait()
+            why = f"no step ended within {limit:.0f} s"
+        found = answer if answer.exists() else partial
+        return json.loads(found.read_text()) if found.exists() else {"failed": why}
 
 
 def answer(call: str, path: str) -> None:
     function, *arguments = json.loads(call)
     try:
-        result = {"prepare": prepare, "ours": ours, "TRL": theirs}[function](*arguments)
+        functions = {"prepare": prepare, "ours": ours, "TRL": theirs, "profile": gpu_profile.profile}
+        result = functions[function](*arguments, Path(path).with_name("partial.json"))
     except Exception as error:  # of many kinds; memory that runs out is one
         traceback.print_exc()
         result = {"failed": ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])}
@@ -244,8 +230,8 @@ def summary(steps: list[dict]) -> dict:
 
 def cells(row: dict) -> list[str]:
     if "failed" in row:
-        return [row["failed"], *[""] * (len(COLUMNS) + 3)]
-    found = [row["sampler"]]
+        return [row["failed"], *[""] * (len(COLUMNS) + 4)]
+    found = [row["sampler"], f"{row['start']:.0f}" if "start" in row else ""]
     for key, digits in COLUMNS.items():
         spread = [f"{value:,.{digits}f}" for value in (row["figures"][key] or {}).values()]
         found.append("{} ({} to {})".format(*spread) if spread else "in sampling")
@@ -259,50 +245,73 @@ def report(rows: dict[tuple[str, str], dict], out: Path) -> None:
         of = ", ".join(f"{package} {number}" for package, number in row["versions"].items())
         of += f", commit {row['commit'] or 'unknown'}, seed {row['seed']}, {row['number_of_steps']} steps"
         runs[f"`{row['command']}`: {row.get('device', 'unknown device')}, {of}."] = None
-    heads = ["shape", "program", "sampler", *COLUMNS, "peak GB", "by arithmetic", "matmul TFLOP/s"]
+    heads = ["shape", "program", "sampler", "start", *COLUMNS, "peak GB", "by arithmetic", "matmul TFLOP/s"]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_text(json.dumps(measured, indent=1) + "\n")
     write(out.with_suffix(".md"), *runs, table(" | ".join(heads), [[*key, *cells(row)] for key, row in rows.items()]))
 
 
-def main() -> None:
+def options() -> argparse.Namespace:
     shapes = [shape for shape in SIZES if shape != "tiny"]
     parser = arguments(
         __doc__, tiny="a toy, on any device, to gpu_tiny.md", one=2, shapes=dict.fromkeys(shapes), steps=6
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="a folder")
-    options = parser.parse_args()
-    if options.one:
-        return answer(*options.one)
-    if options.tiny:
-        shapes = options.shapes = ["tiny"]
-    out, on_gpu = options.out / ("gpu_tiny" if options.tiny else "gpu"), torch.cuda.is_available()
-    keys = [(shape, program) for shape in shapes for program in ("ours", "TRL")[: 1 + (shape in BESIDE_TRL)]]
-    rows = {key: {"failed": "not measured"} for key in keys}
+    parser.add_argument("--versus", choices=["TRL"], help="measured first, in the same call")
+    parser.add_argument("--limit", type=float, help="seconds for --versus, a shape")
+    parser.add_argument("--profile", action="store_true", help="where an update's time goes, instead of whole steps")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of ours")
+    parser.add_argument("--card_gb", type=float, default=0, help="as on a card of so many GB")
+    parser.add_argument("--commit", default=commit(), help="where the repository is not at hand")
+    found = parser.parse_args()
+    found.shapes = ["tiny"] if found.tiny else found.shapes
+    return found
+
+
+def main() -> None:
+    given = options()
+    if given.one:
+        return answer(*given.one)
+    out, on_gpu = given.out / ("gpu_tiny" if given.tiny else "gpu"), torch.cuda.is_available()
+    rows = {(shape, "ours"): {"failed": "not measured"} for shape in SIZES if (shape == "tiny") == given.tiny}
     if (before := out.with_suffix(".json")).exists():
         rows |= {(row["shape"], row["program"]): row for row in json.loads(before.read_text())}
-    if not on_gpu and not options.tiny:
+    if not on_gpu and not given.tiny:
         report(rows, out)
         print("there is no CUDA GPU here: nothing was measured")
         return
     owners = packages_distributions()  # vLLM's builds go by several names
     packages = [package for package in ("torch", "transformers", "vllm", "trl") if package in owners]
-    head = dict(command=" ".join(["python benchmarks/gpu.py", *sys.argv[1:]]), commit=commit(), seed=0)
+    head = dict(command=" ".join(["python benchmarks/gpu.py", *sys.argv[1:]]), commit=given.commit, seed=0)
     head |= dict(versions={package: version(owners[package][0]) for package in packages})
-    head |= dict(number_of_steps=options.steps, sampler="vllm" if on_gpu and find_spec("vllm") else "torch")
-    for shape in options.shapes:
-        with tempfile.TemporaryDirectory() as folder:
-            prepared = child("prepare", shape, folder, 8192 if on_gpu else 256)
-            for program in (program for of, program in keys if of == shape):
-                row = head | dict(shape=shape, program=program, sizes=SIZES[shape], work=WORK[shape]) | prepared
-                row |= {} if "failed" in row else child(program, shape, folder, options.steps, row["sampler"])
-                for step in row.get("steps", []):
-                    step["% of matmul"] = 100 * step["training TFLOP/s"] / row["matmul_tflops"]
-                row |= {} if "failed" in row else dict(figures=summary(row["steps"][2:] or row["steps"]))
-                rows[shape, program] = row
-                report(rows, out)  # after each: a later one may be killed
-                if options.tiny and "failed" in row:
-                    sys.exit(row["failed"])
+    head |= dict(number_of_steps=given.steps, sampler="vllm" if on_gpu and find_spec("vllm") else "torch")
+    how = dict(steps=given.steps, sampler=head["sampler"], card_gb=given.card_gb)
+    how["set"] = {name: yaml.safe_load(value) for name, _, value in (word.partition("=") for word in given.set)}
+    name = ", ".join(["ours", *given.set, *([f"{given.card_gb:g} GB"] if given.card_gb else [])])
+    for shape in given.shapes:
+        folder = Path(tempfile.gettempdir()) / f"grpo-{shape}"  # the same each time, for what vLLM has compiled
+        prepared = child("prepare", shape, str(folder), 8192 if on_gpu else 256)
+        row = head | dict(shape=shape, program=name, sizes=SIZES[shape], work=WORK[shape]) | prepared
+        if given.profile:
+            row |= {} if "failed" in row else child("profile", shape, how)
+            print(gpu_profile.text(row), flush=True)
+            kept = given.out / f"{out.name}_profile.jsonl"
+            with open(kept, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        for program in [] if given.profile else [*([given.versus] if given.versus else []), name]:
+            row, kind = row | dict(program=program), "ours" if program == name else program
+            limit = given.limit if program == given.versus else None
+            done = row if "failed" in row else row | child(kind, shape, str(folder), how, limit=limit)
+            for step in done.get("steps", []):
+                step["% of matmul"] = 100 * step["training TFLOP/s"] / done["matmul_tflops"]
+            done |= {} if "failed" in done else dict(figures=summary(done["steps"][2:] or done["steps"]))
+            rows[shape, program] = done
+            report(rows, out)  # after each: a later one may be killed
+            if given.tiny and "failed" in done:
+                sys.exit(done["failed"])
+        if given.tiny and "failed" in row:
+            sys.exit(row["failed"])
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

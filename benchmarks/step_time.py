@@ -22,7 +22,7 @@ import torch
 import transformers
 from against_trl import Parity
 from common import arguments, origin, table, write
-from gpu import model_config, save_tokenizer
+from shapes import model_config, save_tokenizer
 
 PARTS = {
     "drawing prompts": ["grpo.draw_prompts"],

@@ -17,8 +17,8 @@ from statistics import fmean
 
 from common import ROOT, arguments, arms_times_seeds, of_seeds, origin, table, write
 from compare_variants import run
-from gpu import model_config
 from mathformer_vs_bloom import bloom_of
+from shapes import model_config
 
 from harness import loading, memory
 from harness.command_line import parse_config

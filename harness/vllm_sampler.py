@@ -90,7 +90,7 @@ class VLLMSampler:
         settings = dict(
             dtype="bfloat16" if bf16 else "float32",
             hf_overrides={"head_dtype": "float32"},  # logits in float32, as the trainer's are
-            load_format="dummy",  # the first sync brings the weights
+            load_format="dummy",  # the first `sync` brings the weights
             max_model_len=min(longest, getattr(model.config, "max_position_embeddings", longest)),
             max_num_seqs=rows,
             compilation_config={"cudagraph_capture_sizes": graph_sizes(rows)},
@@ -121,6 +121,7 @@ class VLLMSampler:
                 f"{self.log.path})"
             ) from error
         atexit.register(shut_down, weakref.ref(self.llm))
+        self.sync()
 
     def generate(self, prompts: list[list[int]], group_size: int, sampling: Sampling, seed: int) -> list[Sample]:
         """As `TorchSampler.generate`. Each request has a seed of its own, so that a resumed run samples the same."""
@@ -175,7 +176,6 @@ def proven_sampler(run, config: Config) -> VLLMSampler:
     with stage("starting vLLM", is_slow=True):
         sampler = VLLMSampler(run.source, run.model, run.eos_ids, config, bf16)
     with stage("seeing that vLLM gets the weights"):
-        sampler.sync()
         check_sampler(sampler, run.policy, run.accelerator, [problem.ids for problem in run.problems], config)
     return sampler
 

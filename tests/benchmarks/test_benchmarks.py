@@ -21,7 +21,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
-NO_PROGRAMS = {"leaky_task", "common"}
+NO_PROGRAMS = {"leaky_task", "common", "shapes", "gpu_profile"}
 ONE_RUN = ["--steps", "1", "--jobs", "1"]
 # script: its arguments, in which OUT is the test's folder; and the files that it writes there
 SMALLEST = {
@@ -39,6 +39,7 @@ SMALLEST = {
     "memory_flat": (["--steps", "1", "--out", "OUT/m.md"], ["m.md"]),
     "page_and_program": (["--tiny", "--seeds", "0", "--out", "OUT/p.md"], ["p.md"]),
     "pipeline": (["--tiny", "--seeds", "0", "--work", "OUT/work", "--out", "OUT/p.md"], ["p.md"]),
+    "quarter_hour": (["--tiny", "--out", "OUT"], ["quarter_hour.json", "gpu_tiny.md", "gpu_tiny_profile.jsonl"]),
     "rl_flags": (
         [*ONE_RUN, "--seeds", "0", "--variants", "the defaults", "--max_gen_len", "4", "--out", "OUT/r.md"],
         ["r.md"],
@@ -54,7 +55,7 @@ SMALLEST = {
     ),
     "workshop": ([*ONE_RUN, "--seeds", "0", "--arms", "base", "--out", "OUT/w.md"], ["w.md", "w.jsonl"]),
 }
-NEED_TRL = {"against_trl", "gpu"}
+NEED_TRL = {"against_trl", "quarter_hour"}
 TRL_IS_THERE = importlib.util.find_spec("trl") is not None  # it needs Python 3.11
 SETTINGS = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 SETTINGS |= {"GRPO_TASK_ARGS": '{"eval_size": 2}', "GRPO_GROUP_SIZE": "4"}  # what grpo.py reads where no flag says it

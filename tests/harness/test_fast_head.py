@@ -195,7 +195,7 @@ class Peak(torch.utils._python_dispatch.TorchDispatchMode):
 def test_three_products_and_less_memory_instead_of_four():
     plain_flops, plain_bytes = head_flops_and_bytes(is_fast=False, chunk=128)
     flops, size = head_flops_and_bytes(is_fast=True, chunk=128)
-    print(flops / plain_flops, size / plain_bytes)
+    print(f"FLOPs {plain_flops:,} -> {flops:,}; bytes {plain_bytes:,} -> {size:,}")
     assert flops == plain_flops * 3 // 4
     assert size < plain_bytes
 

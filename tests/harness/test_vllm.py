@@ -3,7 +3,10 @@
 import json
 import os
 import random
+import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -15,7 +18,7 @@ from conftest import largest_difference, updated
 
 from harness.batching import policy_inputs
 from harness.prompts import Problem
-from harness.vllm_sampler import VLLMSampler, check_sampler
+from harness.vllm_sampler import VLLMSampler, check_sampler, graph_sizes, shape_folder
 
 if not os.environ.get("REQUIRE_VLLM"):
     pytest.importorskip("vllm")
@@ -65,6 +68,15 @@ def largest_gap(model, rollouts) -> float:
     return max((logps[i, : r.length] - torch.tensor(r.logps)).abs().max().item() for i, r in enumerate(rollouts))
 
 
+class NoEngine:
+    """In the place of vLLM, where only what it is asked for matters."""
+
+    def collective_rpc(self, *args, **kwargs): ...
+
+    def reset_prefix_cache(self):
+        return True
+
+
 def test_vllm_samples_from_the_model_before_and_after_updates(folder, config):
     model, _ = loading.load_model(folder)
     sampler = VLLMSampler(folder, model, [2], config, bf16=False)
@@ -103,13 +115,14 @@ def test_settings_of_vllm_reach_it(folder, config):
         """What vLLM is asked for with these settings of the run."""
         found = {}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(vllm, "LLM", lambda folder, **more: found.update(more, folder=folder))
+            patch.setattr(vllm, "LLM", lambda folder, **more: found.update(more, folder=folder) or NoEngine())
             VLLMSampler(folder, model, [2], replace(config, **settings), settings.get("precision") == "bf16")
         return found
 
     model, _ = loading.load_model(folder)
     plain = asked()
-    assert (plain["folder"], plain["seed"], plain["dtype"]) == (folder, 0, "float32")
+    assert (plain["seed"], plain["dtype"], plain["load_format"], plain["max_num_seqs"]) == (0, "float32", "dummy", 256)
+    assert plain["compilation_config"] == {"cudagraph_capture_sizes": graph_sizes(256)}
     for settings, name, value in (
         (dict(kv_cache_gb=0.2), "kv_cache_memory_bytes", 200_000_000),
         (dict(vllm_sleep=True), "enable_sleep_mode", True),
@@ -117,9 +130,12 @@ def test_settings_of_vllm_reach_it(folder, config):
         (dict(precision="bf16"), "dtype", "bfloat16"),
         (dict(max_completion_tokens=30), "max_model_len", 160 + 30 + 32),
         (dict(trust_remote_code=True), "trust_remote_code", True),
+        (dict(sample_rows=64), "max_num_seqs", 64),
+        (dict(prompts_per_step=128), "max_num_seqs", 512),
     ):
         other = asked(**settings)
-        assert {key for key in plain if other[key] != plain[key]} == {name} and other[name] == value
+        of_rows = {"kv_cache_memory_bytes", "compilation_config"} if name == "max_num_seqs" else set()
+        assert {key for key in plain if other[key] != plain[key]} - of_rows == {name} and other[name] == value
     # and what is asked for is what the engine takes
     sampler = VLLMSampler(folder, model, [2], replace(config, kv_cache_gb=0.2), bf16=False)
     engine = sampler.llm.llm_engine.vllm_config
@@ -346,3 +362,53 @@ def test_two_processes_have_a_vllm_each(kind, tmp_path, tokenizer):
     assert all(row["sampler_logp_gap"] < 1e-3 for row in steps), "new weights have not come to all"
     texts = {(row["prompt"], row["completion"]) for row in test_parallel.rows(folder, "rollouts.jsonl")}
     assert len(texts) > 60
+
+
+# The start
+
+
+@pytest.mark.parametrize("folder", ["qwen2 tied"], indirect=True)
+@pytest.mark.parametrize("cache", ["a folder", "a file"])
+def test_the_start_is_quiet_and_what_vllm_says_is_kept(folder, cache, tmp_path):
+    """Started as users start it. A cache that cannot be written costs nothing but the time to compile."""
+    if cache == "a file":
+        (tmp_path / "cache").write_text("")
+    words = f"grpo.py --model {folder} --task arithmetic --sampler vllm --steps 2 --runs {tmp_path}/runs --seed 1 "
+    words += "--prompts_per_step 2 --group_size 2 --max_prompt_tokens 60 --max_completion_tokens 8 --print_groups 0 "
+    words += "--task_args.eval_size 2 --eval_samples 1 --kv_cache_gb 0.1"
+    environment = os.environ | {"VLLM_CACHE_ROOT": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, *words.split()], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    said, shown = (run / "vllm.log").read_text(), done.stdout + done.stderr
+    for line in ("WARNING", "Failed to load weights"):  # the second with each new weights
+        assert line in said and line not in shown.replace("[WARNING] [real_accelerator", "")
+    assert "destroy_process_group" not in shown and "Traceback" not in shown
+    assert re.search(r"starting vLLM \.\.\.\n(.*\n)?starting vLLM: \d+\.\d s\n", done.stdout)
+    refused = "cache cannot be written (" in done.stdout
+    assert refused == (cache == "a file")
+    if not refused:
+        (shape,) = (tmp_path / "cache" / "grpo_shapes").iterdir()
+        assert [path.name for path in shape.iterdir() if path.suffix == ".safetensors"] == []
+
+
+@pytest.mark.parametrize("folder", ["qwen2"], indirect=True)
+def test_what_is_compiled_for_a_model_serves_its_checkpoints(folder, config, tmp_path, tokenizer):
+    result = grpo.train(replace(config, sampler="torch", steps=1, eval_samples=1, task_args={"eval_size": 2}))
+    (tmp_path / "cache").mkdir()
+    base, trained = (loading.load_model(path)[0] for path in (folder, str(result["run"] / "checkpoint-1")))
+    known = shape_folder(folder, base, tmp_path / "cache")
+    assert known == shape_folder("elsewhere", trained, tmp_path / "cache") != folder
+    base.config.hidden_size += 1
+    assert known != shape_folder(folder, base, tmp_path / "cache")
+    base.config.auto_map = {"AutoConfig": "code.Config"}
+    assert shape_folder(folder, base, tmp_path / "cache") == folder
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 100, 128, 512, 4000])
+def test_graphs_are_captured_for_the_batches_that_there_can_be(rows):
+    sizes = graph_sizes(rows)
+    assert sizes == sorted(set(sizes)) and sizes[-1] == min(rows, 512) and len(sizes) <= 24
+    for n in range(1, sizes[-1] + 1):
+        fits = next(size for size in sizes if size >= n)
+        assert fits <= max(n + 7, 1.25 * n)
