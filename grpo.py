@@ -61,6 +61,7 @@ from harness.model_checks import check_model, scaled_and_capped
 from harness.prompts import Problem, draw_prompts, judge_all, written_text
 from harness.run_folder import RunFolder
 from harness.settings import Config, Sample, Sampling, UsageError  # noqa: F401
+from harness.stopping import completes
 from harness.vllm_sampler import proven_sampler
 
 # ==== 1. Sampling =================================================================================
@@ -103,22 +104,24 @@ def output_logits(model: nn.Module, hidden: Tensor) -> Tensor:
 class TorchSampler:
     """Samples with the trained model itself, on any device. VLLMSampler is its fast twin.
 
-    A prompt goes through the model once, and its G completions start from that key-value cache. A
-    finished row leaves the batch, so that only unfinished rows cost time.
+    A prompt goes through the model once, and its G completions start from that key-value cache.
+    Finished rows leave the batch.
     """
 
-    def __init__(self, model, eos_ids, sample_rows=256, autocast=nullcontext, source=None):
+    def __init__(
+        self, model, eos_ids, sample_rows=256, autocast=nullcontext, source=None, tokenizer=None
+    ):
         self.model, self.source = kv_cache.share_keys(model), source or model
-        self.sample_rows, self.autocast = sample_rows, autocast
+        self.sample_rows, self.autocast, self.tokenizer = sample_rows, autocast, tokenizer
         self.device = next(model.parameters()).device
         self.eos = torch.tensor(eos_ids, device=self.device)
         self.generator = torch.Generator(self.device)  # its own: nothing else changes what is drawn
 
     def sleep(self) -> None:
-        """Called before each update. There is no memory to give back here."""
+        """Before each update. There is nothing to give back here."""
 
     def sync(self) -> None:
-        """Called after each update. Only a copy of the trained model (with FSDP) has to follow."""
+        """After each update. A copy of the trained model (with FSDP) has to follow."""
         if self.source is not self.model:
             parallel.copy_weights(self.source, self.model)
 
@@ -134,7 +137,7 @@ class TorchSampler:
         with self.autocast():
             return [s for chunk in chunks for s in self._generate(chunk, group_size, *sampling)]
 
-    def _generate(self, prompts, group_size, max_tokens, temperature, top_p, top_k) -> list[Sample]:
+    def _generate(self, prompts, group_size, max_tokens, temperature, top_p, top_k, stop):
         # Padding on the left: the last column holds the last token of every prompt.
         longest = max(map(len, prompts))
         ids = [[0] * (longest - len(p)) + p for p in prompts]
@@ -162,6 +165,8 @@ class TorchSampler:
             tokens[unfinished, t] = token[:, 0]
             logps[unfinished, t] = all_logps.gather(1, token)[:, 0]
             stopped = torch.isin(token[:, 0], self.eos)  # [b]
+            if stop:
+                stopped |= completes(self.tokenizer, stop, tokens[unfinished, : t + 1])
             terminal.WATCH.tick(stopped)  # moves an evaluation's bar, or ends it on Ctrl-C
             if stopped.any():
                 ended[unfinished[stopped]] = True
@@ -206,7 +211,8 @@ def complete(
     rollouts = [Rollout(*sample) for sample in samples]
     for i, r in enumerate(rollouts):
         problem = problems[i // group_size]
-        r.prompt, r.text = problem.prompt, problem.begun + prefix + written_text(tokenizer, r)
+        r.prompt, r.text = problem.prompt, problem.begun + prefix
+        r.text += written_text(tokenizer, r, sampling.stop)
     for r, parts in zip(rollouts, judge_all(task, rollouts, problems), strict=True):
         r.parts, r.reward = parts, float(parts["reward"])  # GRPO: whatever the task pays
     return parallel.join(rollouts)
@@ -439,8 +445,8 @@ def update(
 ) -> dict[str, float | None]:
     """Trains on the rollouts of a step: `epochs` passes of `minibatches` optimizer steps each.
 
-    Advantages, old and reference log-probs stay the same in all of these steps; the log-probs of
-    the policy are computed anew in each. Returns metrics of the trained tokens.
+    Advantages, old and reference log-probs stay the same in all of them. Returns metrics of the
+    trained tokens.
     """
     lr = optimizers.learning_rate(config, step)
     for group in optimizer.param_groups:
@@ -538,7 +544,7 @@ def setup(config: Config) -> loading.Run:
     run.policy, run.optimizer = accelerator.prepare(policy, optimizer)
     if run.sampler_name == "torch":
         rows, autocast = config.sample_rows, accelerator.autocast
-        run.sampler = TorchSampler(copied, run.eos_ids, rows, autocast, source=model)
+        run.sampler = TorchSampler(copied, run.eos_ids, rows, autocast, model, run.tokenizer)
     else:
         run.sampler = proven_sampler(run, config)
     if config.kl_coef > 0:

@@ -10,7 +10,7 @@ from harness.files import quoted
 from harness.metrics import average, equal_rewards, groups_of, part_means
 from harness.prompts import Problem
 from harness.run_folder import RunFolder
-from harness.settings import Config, Sampling
+from harness.settings import Config
 from harness.terminal import WATCH, EvaluationStopped
 
 
@@ -42,7 +42,7 @@ def evaluate(complete, task, problems: list[Problem], config: Config, step: int)
     the rows of eval-<step>.jsonl.
     """
     n, k = len(problems), config.eval_samples
-    most_likely = Sampling(config.max_completion_tokens, temperature=0.0)
+    most_likely = config.most_likely
     is_forced = step == 0 and hasattr(task, "worked_prefix")  # what the model could do, if only it showed its steps
     with WATCH.evaluating(config, n, 1 + k + is_forced) as done:
         greedy = complete(problems, 1, most_likely, config.seed)

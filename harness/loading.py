@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,8 +20,11 @@ from accelerate.utils import (
     FullyShardedDataParallelPlugin,
     parse_flag_from_env,
 )
+from jinja2 import TemplateError
+from jinja2.meta import find_undeclared_variables
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from harness import memory, trackers
 from harness.checkpoints import changed_settings
@@ -34,6 +37,8 @@ from harness.settings import Config, UsageError
 from tasks import load_task
 from tasks.names import ask_the_hub_only_if_it_is_there
 
+GIVEN_TO_TEMPLATES = {"messages", "add_generation_prompt", "bos_token", "eos_token", "pad_token", "unk_token"}
+GIVEN_TO_TEMPLATES |= {"raise_exception", "strftime_now", "continue_final_message"}
 SINGLE_THREADED = 250_000  # models with fewer parameters run on one thread
 
 
@@ -81,10 +86,13 @@ def load(config: Config) -> Run:
     check_window(model_config, config)
     check_positions(model_config, config)
     sampler = choose_sampler(config, model_config, accelerator.device)
+    if stop := getattr(task, "stop", None):  # the task's own, where the settings name none
+        config = replace(config, stop=config.stop or list(stop))
     config = memory.fitted(model_config, config, accelerator, sampler == "vllm")
     with stage("loading the model"):
         model, tokenizer = load_model(name, config.gradient_checkpointing, config.trust_remote_code)
     limit_threads(model.eval())
+    use_template(tokenizer, config, of_checkpoint=bool(checkpoint))
     problems, eos_ids = evaluation_problems(task, tokenizer, config), find_eos(model, tokenizer)
     source = local_name(name)
     return Run(config, accelerator, task, source, model, tokenizer, problems, eos_ids, sampler, folder, checkpoint)
@@ -181,6 +189,33 @@ def check_window(model_config, config: Config) -> None:
         raise UsageError(
             f"max_prompt_tokens {config.max_prompt_tokens} + max_completion_tokens {config.max_completion_tokens} "
             f"is more than the model's {window} positions: lower one of them"
+        )
+
+
+def use_template(tokenizer, config: Config, of_checkpoint: bool) -> None:
+    """Gives the tokenizer the chat template of the settings; a checkpoint's tokenizer has it already.
+
+    Raises:
+        UsageError: there is no such file, or the template does not know an argument of `chat_template_args`.
+    """
+    if config.chat_template and not of_checkpoint:
+        try:
+            tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"chat_template {config.chat_template} cannot be read: {error}") from error
+    if not config.chat_template_args:
+        return
+    if not tokenizer.chat_template:
+        raise UsageError("chat_template_args is given, but this model's tokenizer has no chat template")
+    try:
+        environment = _compile_jinja_template(tokenizer.chat_template).environment
+        known = find_undeclared_variables(environment.parse(tokenizer.chat_template)) - GIVEN_TO_TEMPLATES
+    except TemplateError as error:
+        raise UsageError(f"the model's chat template cannot be used: {error}") from error
+    if unknown := sorted(config.chat_template_args.keys() - known):
+        raise UsageError(
+            f"chat_template_args has {', '.join(unknown)}, which the model's chat template does not know; "
+            f"it knows {', '.join(sorted(known)) or 'none'}"
         )
 
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from harness.metrics import RESERVED, is_finite, is_number
 from harness.settings import Config
+from harness.stopping import up_to_stop
 from harness.terminal import printable
 from tasks import REWARD_KEYS, UsageError
 from tasks.foreign import in_a_line, plain, shortened
@@ -71,12 +72,13 @@ def say_once(note: str) -> None:
     print(note)
 
 
-def encode_prompt(tokenizer, task, example: dict) -> tuple[str, list[int], str]:
+def encode_prompt(tokenizer, task, example: dict, config: Config | None = None) -> tuple[str, list[int], str]:
     """The prompt as text and as token ids, and what of it is the beginning of the answer.
 
-    Chat messages go through the model's chat template, text through nothing. The answer begins where the template ends
-    with `<think>`, as those of some reasoning models do, or with the task's `prefill`.
+    Chat messages go through the model's chat template, with `chat_template_args`, text through nothing. The answer
+    begins where the template ends with `<think>`, as those of some reasoning models do, or with the task's `prefill`.
     """
+    system, more = (config.system_prompt, config.chat_template_args) if config else ("", {})
     with of_the_task(task, "prompt()"):
         prompt, prefill = task.prompt(example), getattr(task, "prefill", "")
     if not isinstance(prompt, str) and not is_chat(prompt):
@@ -91,9 +93,14 @@ def encode_prompt(tokenizer, task, example: dict) -> tuple[str, list[int], str]:
                 "the task gives chat messages, but this model's tokenizer has no chat template: "
                 "take a chat (instruct) model, or let prompt() return a string"
             )
-        prompt = render(tokenizer, prompt, add_generation_prompt=True)
+        if system:
+            prompt = [{"role": "system", "content": system}, *prompt[prompt[0]["role"] == "system" :]]
+        prompt = render(tokenizer, prompt, add_generation_prompt=True, **more)
         if prompt.rstrip().endswith("<think>"):
             opened, prefill = prompt[prompt.rindex("<think>") :], prefill.replace("<think>", "")
+    elif system or more:
+        given = "system_prompt" if system else "chat_template_args"
+        raise UsageError(f"{given} is for tasks that give chat messages: {type(task).__name__}.prompt() gives text")
     prompt += prefill
     # a chat template writes the special tokens itself; plain text gets those that the tokenizer always adds
     ids = tokenizer(prompt, add_special_tokens=not in_chat)["input_ids"]
@@ -107,13 +114,23 @@ def encode_prompt(tokenizer, task, example: dict) -> tuple[str, list[int], str]:
     return prompt, ids, opened + prefill
 
 
-def written_text(tokenizer, rollout) -> str:
-    """What the model wrote, special tokens included, except the end-of-sequence token.
+def written_text(tokenizer, rollout, stop: tuple[str, ...] = ()) -> str:
+    """What the model wrote, special tokens included, except the end-of-sequence token; to the end of a stop string.
 
     An id that the tokenizer does not have is shown as such. Left to itself it would vanish: 7, an unknown id and 2
     would be judged as 72.
     """
-    ids = rollout.completion_ids if rollout.truncated else rollout.completion_ids[:-1]
+    ids = rollout.completion_ids
+    if rollout.truncated:
+        return decoded(tokenizer, ids)
+    whole = decoded(tokenizer, ids) if stop else ""
+    if any(string in whole for string in stop):  # it was not the end-of-sequence token that ended it
+        return up_to_stop(whole, stop)
+    return decoded(tokenizer, ids[:-1])
+
+
+def decoded(tokenizer, ids: list[int]) -> str:
+    """With the ids that the tokenizer does not have."""
     if max(ids, default=0) < len(tokenizer):
         return tokenizer.decode(ids)
     runs = itertools.groupby(ids, key=lambda token: token < len(tokenizer))
@@ -133,7 +150,7 @@ def draw_prompts(task, tokenizer, config: Config, step: int, attempt: int = 0) -
     while len(drawn) < config.prompts_per_step:
         with of_the_task(task, "train()"):
             example = checked_example(task, "train()", task.train(rng, step))
-        problem = Problem(example, *encode_prompt(tokenizer, task, example))
+        problem = Problem(example, *encode_prompt(tokenizer, task, example, config))
         if len(problem.ids) <= config.max_prompt_tokens:
             drawn.append(problem)
         elif (too_long := too_long + 1) > 1000 * config.prompts_per_step:
@@ -237,7 +254,7 @@ def evaluation_problems(task, tokenizer, config: Config) -> list[Problem]:
         examples = [checked_example(task, "eval()", example) for example in examples]
     if not examples:
         raise UsageError(f"{type(task).__name__}.eval() gave no problems: there is nothing to evaluate on")
-    problems = [Problem(example, *encode_prompt(tokenizer, task, example)) for example in examples]
+    problems = [Problem(example, *encode_prompt(tokenizer, task, example, config)) for example in examples]
     fitting = [problem for problem in problems if len(problem.ids) <= config.max_prompt_tokens]
     if not fitting:
         shortest = min((len(problem.ids) for problem in problems), default=0)

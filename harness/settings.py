@@ -26,6 +26,7 @@ class Sampling(NamedTuple):
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    stop: tuple[str, ...] = ()  # strings that end a completion
 
 
 class Sample(NamedTuple):
@@ -52,6 +53,12 @@ class Config:
     """a built-in task (arithmetic, countdown, gsm8k, math), module:Class, or path/to/file.py:Class"""
     task_args: dict[str, Any] = field(default_factory=dict)
     """arguments of the task, for example --task_args.max_depth 2"""
+    system_prompt: str = ""
+    """system message of each prompt, in the place of the task's own; for tasks that give chat messages"""
+    chat_template: str = ""
+    """file with a chat template (Jinja), in the place of the model's own"""
+    chat_template_args: dict[str, Any] = field(default_factory=dict)
+    """arguments of the chat template, for example --chat_template_args.enable_thinking false (Qwen3)"""
     reward_seconds: float = 0.0
     """time limit of one call of the task's reward(), after which it is 0, for tasks that run code; 0 is no limit"""
     trust_remote_code: bool = False
@@ -88,6 +95,8 @@ class Config:
     """nucleus sampling; 1 is off"""
     top_k: int = 0
     """sample from the k most likely tokens only; 0 is off"""
+    stop: list[str] = field(default_factory=list)
+    """strings that end a completion, besides its end-of-sequence token, for example '["</answer>"]' (docs/gpu.md)"""
     sample_rows: int = 256
     """completions that are sampled at the same time, but at least one whole group"""
 
@@ -204,6 +213,8 @@ class Config:
                 re.compile(word)
             except re.error as error:
                 raise UsageError(f"reflection_words has {word!r}, which is no regular expression: {error}") from error
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise UsageError(f"stop is {self.stop!r}: each of its strings must have a character or more")
         if self.top_p > 1:
             raise UsageError(f"top_p is {self.top_p}, it must be at most 1")
         contradictions = [
@@ -255,7 +266,13 @@ class Config:
 
     @property
     def sampling(self) -> "Sampling":
-        return Sampling(self.max_completion_tokens, self.temperature, self.top_p, self.top_k)
+        stop = tuple(self.stop)
+        return Sampling(self.max_completion_tokens, self.temperature, self.top_p, self.top_k, stop)
+
+    @property
+    def most_likely(self) -> "Sampling":
+        """Greedily, as an evaluation does besides."""
+        return Sampling(self.max_completion_tokens, temperature=0.0, stop=tuple(self.stop))
 
 
 LOWEST = dict(group_size=2, prompts_per_step=1, max_prompt_tokens=1, max_completion_tokens=1, sample_rows=1, epochs=1)

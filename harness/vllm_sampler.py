@@ -98,7 +98,8 @@ class VLLMSampler:
             gpu_memory_utilization=0.05,  # only checked against: the line above says what is taken
             logprobs_mode="processed_logprobs",  # of the distribution that is sampled from, temperature included
             generation_config="vllm",  # and not sampling settings that a model brings along
-            skip_tokenizer_init=True,  # token ids in, token ids out
+            skip_tokenizer_init=not config.stop,  # token ids in, token ids out; strings have to be looked for
+            tokenizer=folder,
             trust_remote_code=config.trust_remote_code,
             enforce_eager=self.on_cpu,
             distributed_executor_backend="external_launcher" if processes > 1 else None,  # each on the GPU of its rank
@@ -128,8 +129,9 @@ class VLLMSampler:
         params = [
             self.params(
                 n=group_size, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
-                max_tokens=sampling.max_tokens, logprobs=0, flat_logprobs=True, detokenize=False,
-                stop_token_ids=self.eos, seed=random.Random(f"{seed}/{i}").getrandbits(48),
+                max_tokens=sampling.max_tokens, logprobs=0, flat_logprobs=True, detokenize=bool(sampling.stop),
+                stop=list(sampling.stop), include_stop_str_in_output=True, stop_token_ids=self.eos,
+                seed=random.Random(f"{seed}/{i}").getrandbits(48),
             )
             for i in range(len(prompts))
         ]  # fmt: skip

@@ -76,9 +76,9 @@ PITFALLS = [
     pitfall(13, "the sampler's log-probs taken with top_k on", "Config.uses_trainer_logps",
             'self.old_logps == "trainer" or not self.samples_all_tokens', 'self.old_logps == "trainer"'),
     pitfall(14, "completions encoded again", "complete",
-            "r.prompt, r.text = problem.prompt, problem.begun + prefix + written_text(tokenizer, r)",
+            "r.text += written_text(tokenizer, r, sampling.stop)",
             """
-            r.prompt, r.text = problem.prompt, problem.begun + prefix + written_text(tokenizer, r)
+            r.text += written_text(tokenizer, r, sampling.stop)
             r.completion_ids = tokenizer(r.text, add_special_tokens=False)["input_ids"]
             """),
     pitfall(15, "the self-test compares nothing after the change", "check_sampler",

@@ -16,7 +16,7 @@ from pathlib import Path
 import grpo
 from harness import loading, prompts
 from harness.run_folder import RunFolder
-from harness.settings import Config, Sampling
+from harness.settings import Config
 from harness.terminal import printable
 from tasks import UsageError, load_task
 
@@ -29,12 +29,12 @@ def trained_model(run: Path, config: Config) -> str:
     return str(found)
 
 
-def problem_of(text: str, task, tokenizer, rng: random.Random, problems: list[dict]) -> prompts.Problem:
+def problem_of(text: str, task, tokenizer, rng: random.Random, problems: list[dict], config: Config) -> prompts.Problem:
     """What was typed as a problem, or a random one of the evaluation if nothing was."""
     if text and not hasattr(task, "typed"):
         raise ValueError(f"{type(task).__name__} takes no typed problems (it has no method `typed`): press Enter")
     example = task.typed(text) if text else rng.choice(problems)
-    return prompts.Problem(example, *prompts.encode_prompt(tokenizer, task, example))
+    return prompts.Problem(example, *prompts.encode_prompt(tokenizer, task, example, config))
 
 
 def answer_lines(title: str, rollout: grpo.Rollout, width: int) -> list[str]:
@@ -59,9 +59,9 @@ def play(run: Path, config: Config, samples: int, seed: int) -> None:
         model, tokenizer = loading.load_model(name, trust_remote_code=config.trust_remote_code)
         loading.limit_threads(model.to(accelerator.device).eval())
         eos = loading.find_eos(model, tokenizer)
-        samplers[title] = grpo.TorchSampler(model, eos, config.sample_rows, accelerator.autocast)
+        samplers[title] = grpo.TorchSampler(model, eos, config.sample_rows, accelerator.autocast, tokenizer=tokenizer)
     problems, rng = task.eval(), random.Random(seed)
-    greedy = Sampling(config.max_completion_tokens, temperature=0.0)
+    greedy = config.most_likely
     print(f"{config.model} and {run}. A problem, or Enter for a random one; Ctrl-D ends it.")
     for turn in range(sys.maxsize):
         try:
@@ -69,7 +69,7 @@ def play(run: Path, config: Config, samples: int, seed: int) -> None:
         except EOFError:
             return
         try:
-            problem = problem_of(text, task, tokenizer, rng, problems)
+            problem = problem_of(text, task, tokenizer, rng, problems, config)
         except (ValueError, ZeroDivisionError) as error:
             why = "it divides by 0" if isinstance(error, ZeroDivisionError) else error
             print(f"  that is no problem of this task: {why}")
