@@ -85,10 +85,12 @@ def write_folder(gguf: Path, licence: str, folder: Path) -> None:
     transformers.utils.logging.disable_progress_bar()
     source = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name)
     tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
-    model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    del model.config.quantization_config
-    model.config._name_or_path = "SmolLM2-135M-Instruct"
-    model.config.rms_norm_eps = 1e-5  # which the file has as 9.999999747e-06
+    read = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    settings = read.config.to_dict() | {"rms_norm_eps": 1e-5}  # which the file has as 9.999999747e-06
+    settings.pop("quantization_config")
+    # a new model: that which was read counts as one of 4 bits, and cannot be saved
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
+    model.load_state_dict(read.state_dict())
     model.generation_config.eos_token_id = [tokenizer.convert_tokens_to_ids(token) for token in ENDS]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -31,6 +31,7 @@ from tasks import load_task
 from tasks.competition_math import Math
 from tasks.countdown import Countdown
 from tasks.gsm8k import GSM8K
+from tasks.sentences import Sentences
 from view import __main__ as view
 from view import report
 
@@ -154,8 +155,8 @@ def asked(used: Used) -> set[str]:
 
 ARITHMETIC, COUNTDOWN = dict(eval_size=20, max_depth=3), dict(dataset="COUNTDOWN", eval_size=10)
 GSM8K_FILE, MATH_FILES = dict(dataset="QUESTIONS"), dict(dataset="MATH", eval_dataset="OTHER_MATH")
-BASES = {ArithmeticTask: ARITHMETIC, Countdown: COUNTDOWN, GSM8K: GSM8K_FILE, Math: MATH_FILES}
-NAMES = {ArithmeticTask: "arithmetic", Countdown: "countdown", GSM8K: "gsm8k", Math: "math"}
+BASES = {ArithmeticTask: ARITHMETIC, Countdown: COUNTDOWN, GSM8K: GSM8K_FILE, Math: MATH_FILES, Sentences: {}}
+NAMES = {ArithmeticTask: "arithmetic", Countdown: "countdown", GSM8K: "gsm8k", Math: "math", Sentences: "sentences"}
 
 
 @check(ArithmeticTask, max_digits=2)
@@ -260,6 +261,31 @@ def _(a, b):
 @check(Countdown, eval_size=4)
 def _(a, b):
     assert (len(a.held_out), len(b.held_out)) == (10, 4) and len(b.task.rows) == 26
+
+
+def lengths(used: Used) -> set[int]:
+    return {len(example["words"]) for example in [*used.drawn, *used.held_out]}
+
+
+@check(Sentences, words=[2, 5])
+def _(a, b):
+    assert (lengths(a), lengths(b)) == ({3}, {2, 5})
+
+
+@check(Sentences, rule="strict")
+def _(a, b):
+    listed, example = "The sun, moon and sea are here now.", {"words": ["sun", "moon", "sea"]}
+    assert a.paid(listed, example) == 1 > b.paid(listed, example) > 0
+
+
+@check(Sentences, examples=2)
+def _(a, b):
+    assert [len(used.task.prompt(used.drawn[0])) for used in (a, b)] == [2, 6]
+
+
+@check(Sentences, eval_size=5)
+def _(a, b):
+    assert len(a.held_out) == 64 and b.held_out == a.held_out[:5]
 
 
 @check(GSM8K, dataset="SPLITS")
@@ -825,6 +851,7 @@ DEFAULTS = {
     | dict(endian="big", partial_credit=0, curriculum_steps=0, eval_size=500, eval_seed=1234),
     Countdown: dict(dataset="Jiayi-Pan/Countdown-Tasks-3to4", prompt_template="r1", equation_weight=1, format_weight=1)
     | dict(format_gates=False, eval_size=500),
+    Sentences: dict(words=3, rule="words", examples=0, eval_size=64),
     GSM8K: dict(dataset="openai/gsm8k", train_size=0, eval_size=0),
     Math: dict(dataset="DigitalLearningGmbH/MATH-lighteval", eval_dataset="HuggingFaceH4/MATH-500")
     | dict(levels=(1, 2, 3, 4, 5), format_weight=0.1, eval_size=0),
@@ -848,6 +875,7 @@ DEFAULTS = {
     | dict(optimizer="adamw", lr=1e-6, lr_schedule="constant", warmup_steps=0, weight_decay=0, grad_clip=1)
     | dict(tokens_per_microbatch=8192, gradient_checkpointing=False, eval_steps=50, eval_samples=8, runs="runs")
     | dict(save_steps=50, keep_last=2, keep_best=True, max_minutes=0, print_groups=50, cudnn_attention=False)
+    | dict(system_prompt="", chat_template="")
     | dict.fromkeys(("model", "task", "about", "report_to", "project", "run_name", "resume", "allow_changed"), ""),
 }
 
@@ -855,7 +883,7 @@ DEFAULTS = {
 @pytest.mark.parametrize("what", DEFAULTS, ids=lambda what: what.__name__)
 def test_defaults_are_a_contract(what):
     found = {name: p.default for name, p in inspect.signature(what).parameters.items()}
-    factories = {"task_args", "reflection_words", "checkpoint"}  # of which the last has none
+    factories = {"task_args", "reflection_words", "chat_template_args", "stop", "checkpoint"}  # the last has none
     assert {name: value for name, value in found.items() if name not in factories} == DEFAULTS[what]
 
 

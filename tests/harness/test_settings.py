@@ -689,6 +689,10 @@ ELSEWHERE = {
     "trust_remote_code": "harness/test_reliability.py::test_code_of_a_model_is_not_run_unless_asked",
     "kv_cache_gb": "harness/test_vllm.py::test_settings_of_vllm_reach_it",
     "cudnn_attention": "harness/test_loading.py::test_which_attention_torch_may_take",
+    "stop": "harness/test_stopping.py::test_a_run_stops_at_strings_of_the_setting_or_of_the_task",
+    "system_prompt": "harness/test_templates.py::test_a_system_prompt_takes_the_place_of_the_tasks_own",
+    "chat_template": "harness/test_templates.py::test_a_template_of_a_file_takes_the_place_of_the_models_and_is_kept",
+    "chat_template_args": "harness/test_templates.py::test_arguments_of_the_template_reach_it",
     "vllm_sleep": "harness/test_vllm.py::test_settings_of_vllm_reach_it",
     "project": "harness/test_settings.py::test_a_tracker_is_told_the_project_and_the_name_of_the_run",
     "run_name": "harness/test_settings.py::test_a_tracker_is_told_the_project_and_the_name_of_the_run",
@@ -782,6 +786,10 @@ VALUES |= {
     "vllm_sleep": "true",
     "project": "p",
     "run_name": "r",
+    "stop": '["7"]',
+    "system_prompt": "7",
+    "chat_template": "a.jinja",
+    "chat_template_args": '{"a": 1}',
 }
 VALUES |= {case.name: case.changed[case.name] for case in CASES if not case.base or len(case.changed) == 1}
 NEEDS = {"kl_target": dict(kl_coef=0.5), "resample_rounds": dict(dead_groups="resample", resample_rounds=1)}

@@ -364,6 +364,25 @@ def test_two_processes_have_a_vllm_each(kind, tmp_path, tokenizer):
     assert len(texts) > 60
 
 
+@pytest.mark.parametrize("folder", ["qwen2", "qwen2 tied"], indirect=True)
+def test_stop_strings_end_a_completion_as_with_torch(folder, config):
+    """With the token that completes one; ids and log-probs are those that were sampled."""
+    stops = ("7", "12", "=")
+    model, tokenizer = loading.load_model(folder)
+    sampler = VLLMSampler(folder, model, [2], replace(config, stop=list(stops)), bf16=False)
+    torch_sampler = grpo.TorchSampler(model, [2], tokenizer=tokenizer)
+    for found in (s.generate(PROMPTS, 16, grpo.Sampling(24, stop=stops), seed=3) for s in (sampler, torch_sampler)):
+        ended = 0
+        for sample in found:
+            text, before = (tokenizer.decode(ids) for ids in (sample.completion_ids, sample.completion_ids[:-1]))
+            assert not any(stop in before for stop in stops)
+            by_string = any(stop in text for stop in stops)
+            assert sample.truncated == (not by_string and sample.completion_ids[-1] != 2)
+            assert len(sample.logps) == sample.length
+            ended += by_string
+        assert ended > 10 and largest_gap(model, found) < 1e-3
+
+
 # The start
 
 

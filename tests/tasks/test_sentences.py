@@ -91,7 +91,8 @@ def test_the_prompt_asks_and_shows():
     "given, said",
     [
         (dict(words=0), "1 to 8"), (dict(words=[]), "1 to 8"), (dict(words=[3, 9]), "1 to 8"),
-        (dict(rule="kind"), "one of words, strict, own"), (dict(examples=4), "0 to 3"), (dict(eval_size=0), "1 or more"),
+        (dict(rule="kind"), "one of words, strict, own"), (dict(examples=4), "0 to 3"),
+        (dict(eval_size=0), "1 or more"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(given, said):
