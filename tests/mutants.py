@@ -203,8 +203,8 @@ WIRING = [
     setting("sample_rows", "rows at a time counted in prompts", "TorchSampler.generate",
             "self.sample_rows // group_size", "self.sample_rows"),
     setting("precision", "the sampler not in bf16", "setup",
-            "TorchSampler(copied, run.eos_ids, rows, autocast, source=model)",
-            "TorchSampler(copied, run.eos_ids, rows, source=model)"),
+            "TorchSampler(copied, run.eos_ids, rows, autocast, model, run.tokenizer)",
+            "TorchSampler(copied, run.eos_ids, rows, source=model, tokenizer=run.tokenizer)"),
     setting("precision", "the reference not in bf16", "logps_under", "accelerator.autocast()",
             "torch.autocast(accelerator.device.type, enabled=False) if not next(policy.parameters()).requires_grad "
             "else accelerator.autocast()"),
@@ -536,7 +536,7 @@ HOSTILE = [
     hostile(BEGINS, "think is opened twice", "encode_prompt", 'prefill.replace("<think>", "")', "prefill"),
     hostile(ONCE, "two beginnings", "encode_prompt", "ids[:2] == [bos, bos]", "False"),
     hostile(ONCE, "a prompt that has ended", "encode_prompt", "ids[-1] == eos", "False"),
-    hostile("test_an_id_that_the_tokenizer_does_not_have_is_shown", "unknown ids vanish", "written_text",
+    hostile("test_an_id_that_the_tokenizer_does_not_have_is_shown", "unknown ids vanish", "decoded",
             "max(ids, default=0) < len(tokenizer)", "True"),
     hostile("test_the_end_of_a_turn_in_the_template_ends_an_answer", "ends of turns are not looked for", "find_eos",
             "turn_end is not None", "False"),
@@ -717,4 +717,34 @@ SPEED = [
            "the record may come after a checkpoint", "RunFolder.save_checkpoint", "self.wait_for_record()", "None"),
 ]  # fmt: skip
 
-MUTANTS = SPEED + PITFALLS + WIRING + FURTHER + SEAMS + ONE_PAGE + FIRST_MINUTES + MODELS + HOSTILE + VERIFIERS + SURVIVAL
+STOPPED = "harness/test_stopping.py::test_a_run_stops_at_strings_of_the_setting_or_of_the_task"
+TEMPLATES = "harness/test_templates.py::test_"
+PAYS = "tasks/test_sentences.py::test_what_each_rule_pays"
+
+SMALL_MODELS = [
+    mutant("harness/test_stopping.py::test_only_ends_that_can_complete_a_string_are_decoded", "a last character is enough to stop",
+           "completes", "any((stop in text for stop in stops))", "True"),
+    mutant("harness/test_stopping.py::test_characters_of_several_tokens_are_seen", "parts of characters complete nothing",
+           "closing_tokens", "{stop[-1] for stop in stops} | {NOT_WHOLE}", "{stop[-1] for stop in stops}"),
+    mutant("harness/test_stopping.py::test_what_was_sampled_stays_and_what_is_behind_is_not_judged",
+           "what is behind a stop string is judged", "written_text", "up_to_stop(whole, stop)", "whole"),
+    mutant(STOPPED, "the task's stop strings are not read", "load", "config.stop or list(stop)", "config.stop"),
+    mutant(STOPPED, "a stop string does not reach the sampler", "Config.sampling", "tuple(self.stop)", "()"),
+    mutant(STOPPED, "the evaluation runs on behind a stop string", "Config.most_likely", "tuple(self.stop)", "()"),
+    mutant(f"{TEMPLATES}arguments_of_the_template_reach_it", "arguments of the template are lost", "encode_prompt",
+           "render(tokenizer, prompt, add_generation_prompt=True, **more)", "render(tokenizer, prompt, add_generation_prompt=True)"),
+    mutant(f"{TEMPLATES}a_system_prompt_takes_the_place_of_the_tasks_own", "two system messages", "encode_prompt",
+           "prompt[prompt[0]['role'] == 'system':]", "prompt"),
+    mutant(f"{TEMPLATES}what_does_not_go_together_is_one_line", "unknown arguments of a template pass", "use_template",
+           "config.chat_template_args.keys() - known", "()"),
+    mutant(f"{TEMPLATES}a_template_of_a_file_takes_the_place_of_the_models_and_is_kept", "a checkpoint needs the template's file",
+           "use_template", "config.chat_template and (not of_checkpoint)", "config.chat_template"),
+    mutant(PAYS, "a word in another one counts", "words_of", 're.findall(r"[a-z\']+", text.lower())', "text.lower().replace('foot', ' foot ').split()"),
+    mutant(PAYS, "given words may stand close", "sentence_reward", "b - a < 3", "b - a < 1"),
+    mutant(PAYS, "two sentences are one", "SENTENCE", 're.compile(r"[A-Z][^.!?\\n]*[.!?]")', 're.compile(r"[A-Z].*[.!?]")'),
+    mutant(PAYS, "a filled-in example is one's own", "sentence_reward", "float(not copied)", "1.0"),
+    mutant("harness/test_smollm2.py::test_another_package_is_refused_and_leaves_nothing", "any file is SmolLM2", "make",
+           "check_hash(gguf)", "None"),
+]  # fmt: skip
+
+MUTANTS = SMALL_MODELS + SPEED + PITFALLS + WIRING + FURTHER + SEAMS + ONE_PAGE + FIRST_MINUTES + MODELS + HOSTILE + VERIFIERS + SURVIVAL

@@ -28,6 +28,7 @@ SMALLEST = {
     "against_trl": (["--tiny", "--pairs", "1", "--steps", "4", "--out", "OUT/a.md"], ["a.md"]),
     "arithmetic_seeds": (["--seeds", "0", "--steps", "1", "--out", "OUT/a.md"], ["a.md", "arithmetic_seed0.png"]),
     "compare_commits": ([".", ".", "--only", "maxrl"], []),
+    "draws": (["--tiny", "--out", "OUT/d.md"], ["d.md"]),
     "failures": ([*ONE_RUN, "--only", "healthy", "--out", "OUT/f.md"], ["f.md"]),
     "gpu": (["--tiny", "--steps", "1", "--out", "OUT"], ["gpu_tiny.json", "gpu_tiny.md"]),
     "hostile_answers": (["--turns", "1", "--answers", "8", "--out", "OUT/h.md"], ["h.md"]),

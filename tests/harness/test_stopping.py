@@ -1,5 +1,7 @@
 """Stop strings: a completion ends with the token that completes one, and is trained and judged as it was sampled."""
 
+import json
+
 import pytest
 import torch
 from conftest import row_logps
@@ -132,6 +134,8 @@ def test_a_run_stops_at_strings_of_the_setting_or_of_the_task(where, tmp_path, m
     stopped = [r for r in seen if "2" in r.text]
     assert len(stopped) > 4 and all(r.text.endswith("2") and "2" not in r.text[:-1] for r in stopped)
     assert not any(r.truncated for r in stopped) and all(r.length == len(r.logps) for r in stopped)
+    (greedy,) = (json.loads(line)["completion"] for line in (result["run"] / "eval-2.jsonl").read_text().splitlines())
+    assert "2" not in greedy[:-1], "the evaluation stops there too"
     assert "stop:\n- '2'\n" in (result["run"] / "config.yaml").read_text()
 
 
