@@ -730,7 +730,7 @@ SMALL_MODELS = [
            "what is behind a stop string is judged", "written_text", "up_to_stop(whole, stop)", "whole"),
     mutant(STOPPED, "the task's stop strings are not read", "load", "config.stop or list(stop)", "config.stop"),
     mutant(STOPPED, "a stop string does not reach the sampler", "Config.sampling", "tuple(self.stop)", "()"),
-    mutant(STOPPED, "the evaluation runs on behind a stop string", "Config.most_likely", "tuple(self.stop)", "()"),
+    mutant("harness/test_stopping.py::test_the_most_likely_answer_stops_there_too", "the evaluation runs on behind a stop string", "Config.most_likely", "tuple(self.stop)", "()"),
     mutant(f"{TEMPLATES}arguments_of_the_template_reach_it", "arguments of the template are lost", "encode_prompt",
            "render(tokenizer, prompt, add_generation_prompt=True, **more)", "render(tokenizer, prompt, add_generation_prompt=True)"),
     mutant(f"{TEMPLATES}a_system_prompt_takes_the_place_of_the_tasks_own", "two system messages", "encode_prompt",
