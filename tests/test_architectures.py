@@ -29,7 +29,9 @@ TODAY = (
 
 def checked(model, sampler: str = "torch"):
     switch_off_noise(model)
-    parts = SimpleNamespace(model=model, problems=[SimpleNamespace(ids=PROMPT)], sampler_name=sampler)
+    where = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
+    parts = dict(model=model, problems=[SimpleNamespace(ids=PROMPT)], sampler_name=sampler, accelerator=where)
+    parts = SimpleNamespace(**parts)
     check_model(parts, grpo.Policy, grpo.TorchSampler)
     return model
 
@@ -37,7 +39,7 @@ def checked(model, sampler: str = "torch"):
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_architecture_is_right_or_refused(kind):
     """Right: the sampler's log-probs, and the trainer's in training mode, are the model's own, row by row."""
-    assert min(Shape.of(tiny_config(kind))[:7]) > 0  # its memory is estimated, before anything is loaded
+    assert min(Shape.of(tiny_config(kind))[:8]) > 0  # its memory is estimated, before anything is loaded
     model = tiny_model(kind)
     if kind in REFUSED:
         with pytest.raises(grpo.UsageError) as error:

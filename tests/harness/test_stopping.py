@@ -150,4 +150,5 @@ def test_an_empty_string_is_refused(stop, make_config):
 
 def test_the_most_likely_answer_stops_there_too(make_config):
     config = make_config(stop=["a", "b"])
-    assert config.most_likely == grpo.Sampling(16, temperature=0.0, stop=("a", "b")) and config.sampling.stop == ("a", "b")
+    assert config.most_likely == grpo.Sampling(16, temperature=0.0, stop=("a", "b"))
+    assert config.sampling.stop == ("a", "b")
