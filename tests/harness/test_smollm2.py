@@ -108,13 +108,13 @@ def test_a_step_on_each_built_in_task(task, folder, tmp_path):
     args = {k: str(tmp_path / f"{v}.jsonl") if str(v).isupper() else v for k, v in TASKS[task].items()}
     args |= {"eval_size": 2} if task == "sentences" else {}
     words = f"grpo.py --model {folder} --task {task} --steps 1 --prompts_per_step 2 --group_size 2 --eval_samples 1 "
-    words += f"--max_completion_tokens 8 --max_prompt_tokens 400 --lr 1e-5 --runs {tmp_path}/runs --dead_groups keep"
+    words += f"--max_completion_tokens 8 --max_prompt_tokens 400 --lr 1e-5 --runs {tmp_path}/runs --kl_coef 0.01"
     command = [sys.executable, *words.split(), f"--task_args={json.dumps(args)}"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (run,) = (tmp_path / "runs").iterdir()
     row = json.loads((run / "metrics.jsonl").read_text())
-    assert row["sampler_logp_gap"] < 1e-4
+    assert row["sampler_logp_gap"] < 1e-4 and row["grad_norm"] > 0 == row["skipped_updates"]
     model = transformers.AutoModelForCausalLM.from_pretrained(run / "final")
     tokenizer = transformers.AutoTokenizer.from_pretrained(run / "final")
     assert tokenizer.chat_template and sorted(model.generation_config.eos_token_id) == [0, 2]

@@ -302,7 +302,7 @@ def test_the_contract_says_typed_is_optional():
 
     tokenizer = loading.load_model(PRETRAINED)[1]
     with pytest.raises(ValueError, match="no method `typed`"):
-        play.problem_of("1+1", Own(), tokenizer, None, [])
+        play.problem_of("1+1", Own(), tokenizer, None, [], None)
 
 
 @pytest.mark.parametrize("processes, said", [(1, "on cpu."), (2, "on 2 processes (cpu) on cpu.")])
@@ -310,7 +310,8 @@ def test_the_first_line_names_the_processes(processes, said, make_config, capsys
     kind = SimpleNamespace(value="MULTI_CPU" if processes > 1 else "NO")
     accelerator = SimpleNamespace(num_processes=processes, distributed_type=kind, device=torch.device("cpu"))
     found = dict(folder=run_folder.RunFolder(Path("runs/x")), checkpoint=Path("runs/x/checkpoint-7"))
-    announce(make_config(), SimpleNamespace(accelerator=accelerator, model=torch.nn.Linear(2, 3), **found))
+    found |= dict(accelerator=accelerator, model=torch.nn.Linear(2, 3), sampler_name="torch")
+    announce(make_config(), SimpleNamespace(**found))
     out = capsys.readouterr().out
     assert f", lr 1e-06, {said} \nrun folder: runs/x\ngoing on from runs/x/checkpoint-7\n" in out
 
