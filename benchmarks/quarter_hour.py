@@ -26,13 +26,16 @@ SMALL_CARD = "optimizer=adamw_offload vllm_sleep=true kv_cache_gb=2 gradient_che
 SMALL_CARD += "tokens_per_microbatch=2560"  # as configs/countdown-24gb.yaml
 
 
+SMOLLM2 = "grpo.py --config configs/smollm2-sentence.yaml"  # `python -m harness.smollm2` makes its model before
+
+
 class Task(NamedTuple):
     seconds: int  # after which it is ended
     words: str  # behind `python`; {out}, {steps} and {commit} are filled in
 
     @property
     def name(self) -> str:
-        return self.words.split(" --out")[0].removeprefix("benchmarks/")
+        return self.words.split(" --out")[0].split(" --runs")[0]
 
 
 def gpu(seconds: int, shape: str, more: str) -> Task:
@@ -48,6 +51,7 @@ TASKS = [
     gpu(150, "Qwen2.5-3B", "--steps 3"),
     gpu(130, "Qwen3-1.7B", "--steps 3"),
     gpu(200, "Qwen2.5-3B", f"--steps 2 --card_gb 24 --set {SMALL_CARD}"),
+    *(Task(90, f"{SMOLLM2} --seed {seed} --runs {{out}}/smollm2") for seed in (0, 1)),
     gpu(130, "Qwen2.5-1.5B", "--steps 4 --set tokens_per_microbatch=auto"),
     gpu(80, "Qwen2.5-3B", "--profile"),
     gpu(320, "Qwen2.5-1.5B", "--steps 3 --versus TRL --limit 220"),
@@ -57,7 +61,8 @@ TASKS = [
 def run(task: Task, out: Path, name: str, tiny: bool, limit: float) -> dict:
     words = task.words.format(out=shlex.quote(str(out)), commit=shlex.quote(name))
     if tiny:
-        words = " ".join(word for word in words.replace("--shapes ", "--tiny ").split() if not word.startswith("Qwen"))
+        words = words.replace(SMOLLM2, "grpo.py --steps 1 --task_args.eval_size 2").replace("--shapes ", "--tiny ")
+        words = " ".join(word for word in words.split() if not word.startswith("Qwen"))
     started = time.monotonic()
     group = subprocess.Popen([sys.executable, *shlex.split(words)], cwd=ROOT, start_new_session=True)
     try:
@@ -76,7 +81,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.list:
         for task in TASKS:
-            print(f"{task.seconds:5} s  python benchmarks/{task.name}")
+            print(f"{task.seconds:5} s  python {task.name}")
         return
     options.out.mkdir(parents=True, exist_ok=True)
     record, ends = options.out / "quarter_hour.json", time.monotonic() + 60 * options.minutes
