@@ -228,9 +228,10 @@ def test_12_sampling_is_not_greedy_by_default(model, make_config):
 @pytest.mark.parametrize("temperature", [0.5, 1.7])
 def test_13_log_probs_are_of_the_distribution_that_was_sampled(temperature, model, make_config):
     rollouts = grpo.TorchSampler(model, [2]).generate([[1, 5, 6]], 8, grpo.Sampling(8, temperature), seed=0)
-    logps, _ = grpo.Policy(model, temperature)(**policy_inputs(rollouts, "cpu"))
-    for i, r in enumerate(rollouts):
-        assert torch.allclose(logps[i, : r.length], torch.tensor(r.logps), atol=1e-4)
+    for plain in (False, True):  # which head computes them
+        logps, _ = grpo.Policy(model, temperature, entropy_gradient=plain)(**policy_inputs(rollouts, "cpu"))
+        for i, r in enumerate(rollouts):
+            assert torch.allclose(logps[i, : r.length], torch.tensor(r.logps), atol=1e-4)
     # with top_k or top_p the sampler's distribution is not the policy's: the trainer's log-probs are taken
     assert make_config(top_k=5).uses_trainer_logps and make_config(top_p=0.9).uses_trainer_logps
     assert not make_config().uses_trainer_logps
