@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -45,6 +46,17 @@ def arguments(about: str, out: str = "", tiny: str = "", one: int = 0, **default
 
 
 # ==== Runs ============================================================================================================
+
+
+def within(limit: float | None, command: list[str], **environment: str) -> int | None:
+    """The exit code of the command, or None if it was ended at the limit, with all that it had started."""
+    group = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, start_new_session=True)
+    try:
+        return group.wait(limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(group.pid, signal.SIGKILL)
+        group.wait()
+        return None
 
 
 def flags(**settings) -> list[str]:

@@ -9,7 +9,7 @@ import time
 from statistics import median
 
 import torch
-from common import arguments, origin, table, write
+from common import arguments, in_turns, origin, spread, table, write
 
 SIZES = {"256 x 33": (256, 33, 500), "128 x 49,152": (128, 49152, 4), "16 x 151,936": (16, 151936, 8)}
 
@@ -25,17 +25,15 @@ def main() -> None:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             spent = {function: [] for function in how}
-            for turn in range(1 if options.tiny else options.turns):
-                for function in list(how)[:: 1 if turn % 2 else -1]:
-                    started = time.perf_counter()
-                    for _ in range(1 if options.tiny else times):
-                        all_logps = logits.log_softmax(-1)
-                        all_logps.gather(1, how[function](all_logps.exp(), generator))
-                    spent[function].append((time.perf_counter() - started) / times * 1000)
+            for function in in_turns(list(how), 1 if options.tiny else options.turns):
+                started = time.perf_counter()
+                for _ in range(1 if options.tiny else times):
+                    all_logps = logits.log_softmax(-1)
+                    all_logps.gather(1, how[function](all_logps.exp(), generator))
+                spent[function].append((time.perf_counter() - started) / times * 1000)
             old, new = (median(values) for values in spent.values())
             ratios = [a / b for a, b in zip(*spent.values(), strict=True)]
-            spread = f"{median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
-            lines.append([name, threads, f"{old:.2f}", f"{new:.2f}", spread])
+            lines.append([name, threads, f"{old:.2f}", f"{new:.2f}", spread(ratios, 1)])
     about = origin(f"`python benchmarks/draws.py`, {options.turns} turns, seed 0,", "Python", "torch")
     heads = "rows x words | threads | multinomial, ms | draw, ms | multinomial / draw"
     write(options.out, f"{about} Median; in brackets the smallest and the largest.", table(heads, lines))

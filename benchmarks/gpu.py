@@ -34,11 +34,8 @@ Writes results/gpu.json, each row with all of this, and results/gpu.md from it.
 
 import argparse
 import json
-import os
 import random
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -54,7 +51,7 @@ import psutil
 import torch
 import yaml
 from against_trl import OF_TRL, Parity
-from common import RESULTS, ROOT, arguments, commit, table, train, write
+from common import RESULTS, arguments, commit, table, train, within, write
 from shapes import MAX_PROMPT, SIZES, WORK, model_config, prepare
 
 COLUMNS = {  # figure: digits
@@ -197,13 +194,8 @@ def child(function: str, *arguments, limit: float | None = None) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         answer, partial = Path(folder) / "answer.json", Path(folder) / "partial.json"
         command = [sys.executable, __file__, "--one", json.dumps([function, *arguments]), str(answer)]
-        group = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"}, start_new_session=True)
-        try:
-            why = f"ended with {group.wait(limit)}"
-        except subprocess.TimeoutExpired:
-            os.killpg(group.pid, signal.SIGKILL)
-            group.wait()
-            why = f"no step ended within {limit:.0f} s"
+        code = within(limit, command, HF_HUB_OFFLINE="1")
+        why = f"no step ended within {limit:.0f} s" if code is None else f"ended with {code}"
         found = answer if answer.exists() else partial
         return json.loads(found.read_text()) if found.exists() else {"failed": why}
 

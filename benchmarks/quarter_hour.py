@@ -11,16 +11,13 @@ says which row of which table a command gives.
 """
 
 import json
-import os
 import shlex
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-from common import RESULTS, ROOT, arguments, commit
+from common import RESULTS, arguments, commit, within
 
 SMALL_CARD = "optimizer=adamw_offload vllm_sleep=true kv_cache_gb=2 gradient_checkpointing=true "
 SMALL_CARD += "tokens_per_microbatch=2560"  # as configs/countdown-24gb.yaml
@@ -64,12 +61,8 @@ def run(task: Task, out: Path, name: str, tiny: bool, limit: float) -> dict:
         words = words.replace(SMOLLM2, "grpo.py --steps 1 --task_args.eval_size 2").replace("--shapes ", "--tiny ")
         words = " ".join(word for word in words.split() if not word.startswith("Qwen"))
     started = time.monotonic()
-    group = subprocess.Popen([sys.executable, *shlex.split(words)], cwd=ROOT, start_new_session=True)
-    try:
-        ended = group.wait(limit)
-    except subprocess.TimeoutExpired:
-        os.killpg(group.pid, signal.SIGKILL)
-        ended = f"ended at its limit of {limit:.0f} s"
+    code = within(limit, [sys.executable, *shlex.split(words)])
+    ended = f"ended at its limit of {limit:.0f} s" if code is None else code
     return dict(task=task.name, ended=ended, seconds=round(time.monotonic() - started))
 
 

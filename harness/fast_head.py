@@ -100,7 +100,8 @@ class FastHead(torch.autograd.Function):
         ctx.scale, ctx.chunk = scale, chunk
         ctx.last, ctx.slopes, ctx.gradients = None, [], Gradients(hidden, weight, bias, ctx.needs_input_grad)
         logps, entropies = [], []
-        for at, h, logits in logits_of(hidden, weight, bias, scale, chunk):
+        wide = weight.to(torch.promote_types(hidden.dtype, torch.float32))  # once, and not for each chunk
+        for at, h, logits in logits_of(hidden, wide, bias, scale, chunk):
             logp, H, probs = logp_and_entropy(logits, targets[at], entropy)
             logps.append(logp)
             entropies.append(H)
@@ -109,7 +110,7 @@ class FastHead(torch.autograd.Function):
             elif slope:
                 ctx.slopes.append(slope(at, logp))
                 probs = probs if entropy else probs.exp_()
-                ctx.gradients.add(at, h, probs, targets, scale * ctx.slopes[-1], weight)
+                ctx.gradients.add(at, h, probs, targets, scale * ctx.slopes[-1], wide)
             del logits, probs
         ctx.save_for_backward(hidden, weight, bias, targets)
         logps, entropies = torch.cat(logps), torch.cat(entropies)
@@ -121,18 +122,19 @@ class FastHead(torch.autograd.Function):
     def backward(ctx, slopes, _):
         hidden, weight, bias, targets = ctx.saved_tensors
         gradients, (at, h, probs), ctx.last = ctx.gradients, ctx.last, None
+        wide = weight.to(probs.dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             if at.start > 0:
                 factor = same_up_to_a_factor(torch.cat(ctx.slopes), slopes[: at.start]) if ctx.slopes else None
                 if factor is None:  # the loss was another one than was foreseen
                     gradients = Gradients(hidden, weight, bias, ctx.needs_input_grad)
-                    for place, states, logits in logits_of(hidden[: at.start], weight, bias, ctx.scale, ctx.chunk):
+                    for place, states, logits in logits_of(hidden[: at.start], wide, bias, ctx.scale, ctx.chunk):
                         p = logits.softmax(-1)
-                        gradients.add(place, states, p, targets, ctx.scale * slopes[place], weight)
+                        gradients.add(place, states, p, targets, ctx.scale * slopes[place], wide)
                         del logits, p
                 elif factor != 1:
                     gradients.multiply(factor)
-            gradients.add(at, h, probs, targets, ctx.scale * slopes[at], weight)
+            gradients.add(at, h, probs, targets, ctx.scale * slopes[at], wide)
         return *gradients.result(hidden, weight, bias), None, None, None, None, None
 
 
@@ -149,7 +151,7 @@ class Gradients:
         """`probs` [n, V] become the gradient of the logits, in place."""
         probs.mul_(-slopes[:, None]).scatter_add_(1, targets[at, None], slopes[:, None])
         if self.hidden is not None:
-            self.hidden[at] = probs @ weight.to(probs.dtype)
+            self.hidden[at] = probs @ weight
         if self.weight is not None:
             self.weight.addmm_(probs.T, h)
         if self.bias is not None:

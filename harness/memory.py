@@ -95,12 +95,16 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
+def own_rows(config: Config, processes: int) -> int:
+    """The completions that a process samples in a step, at most."""
+    return math.ceil(config.prompts_per_step / processes) * config.group_size
+
+
 def vllm_cache_bytes(shape: Shape, config: Config, bf16: bool, free: int, processes: int) -> int:
     """vLLM's key-value cache: as set, or what a step's completions need, at least 0.1 GB, at most half of `free`."""
     if config.kv_cache_gb:
         return int(1e9 * config.kv_cache_gb)
-    rows = math.ceil(config.prompts_per_step / processes) * config.group_size
-    tokens = rows * (config.max_prompt_tokens + config.max_completion_tokens)
+    tokens = own_rows(config, processes) * (config.max_prompt_tokens + config.max_completion_tokens)
     return int(min(max(1.2 * tokens * shape.cache_bytes(bf16), 1e8), free / 2))
 
 
@@ -131,7 +135,7 @@ def needs(
     """Bytes of each part, on the card of one process, while sampling, in the pass of the reference, in the update."""
     n, s = shape.parameters, shape
     longest = config.max_prompt_tokens + config.max_completion_tokens
-    rows = math.ceil(config.prompts_per_step / spread.processes) * config.group_size
+    rows = own_rows(config, spread.processes)
     weights, gradients, moments, on_cpu = OPTIMIZER_BYTES[config.optimizer]
     half = bf16 or weights == 2  # what the trainer computes in
     tokens = max(longest, min(config.tokens_per_microbatch, rows * longest))
@@ -207,7 +211,7 @@ def fitted(model_config, config: Config, accelerator: Accelerator, vllm: bool) -
 def largest_microbatch(table_of, config: Config, limit: float, processes: int) -> Config:
     """With the most `tokens_per_microbatch` for which the update needs less than `limit`: at least one row's tokens."""
     longest = config.max_prompt_tokens + config.max_completion_tokens
-    whole_step = -(-config.prompts_per_step // processes) * config.group_size * longest
+    whole_step = own_rows(config, processes) * longest
 
     def fits(tokens: int) -> bool:
         return sum(parts[2] for parts in table_of(replace(config, tokens_per_microbatch=tokens)).values()) < limit

@@ -4,6 +4,7 @@ import atexit
 import hashlib
 import os
 import random
+import shutil
 import tempfile
 import weakref
 from contextlib import suppress
@@ -63,6 +64,7 @@ def shape_folder(folder: str, model: nn.Module, cache: Path) -> str:
         model.config.save_pretrained(made)
         with suppress(OSError):  # another process was faster
             made.rename(home)
+        shutil.rmtree(made, ignore_errors=True)
     return str(home)
 
 
@@ -86,7 +88,7 @@ class VLLMSampler:
         self.on_cpu, self.sleeps, self.asleep = not torch.cuda.is_available(), config.vllm_sleep, False
         longest = config.max_prompt_tokens + config.max_completion_tokens + 32  # the evaluation may add a prefix
         free, processes = memory.free_memory(next(model.parameters()).device), PartialState().num_processes
-        rows = max(config.sample_rows, -(-config.prompts_per_step // processes) * config.group_size)
+        rows = max(config.sample_rows, memory.own_rows(config, processes))
         settings = dict(
             dtype="bfloat16" if bf16 else "float32",
             hf_overrides={"head_dtype": "float32"},  # logits in float32, as the trainer's are

@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import shutil
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -222,18 +223,21 @@ def test_config_and_csv_are_replaced_whole(tmp_path, make_config, monkeypatch):
 
 def test_the_record_of_a_run_is_written_before_its_first_checkpoint(run, monkeypatch, tmp_path):
     """It is made beside the first steps, as long as it may take."""
-    checksums = run_folder.checksums_of_model
+    checksums, log_step, logged, waited = run_folder.checksums_of_model, RunFolder.log_step, threading.Event(), []
 
     def slow(model):
+        waited.append(logged.wait(30))
         time.sleep(1.0)
         return checksums(model)
+
+    monkeypatch.setattr(RunFolder, "log_step", lambda *args: (log_step(*args), logged.set()))
 
     monkeypatch.setattr(run_folder, "checksums_of_model", slow)
     monkeypatch.setattr(run_folder, "write_state", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run(steps=1, save_steps=1, eval_steps=0)
     (folder,) = (tmp_path / "runs").iterdir()
-    assert len(rows(folder, "metrics.jsonl")) == 1, "the step did not wait for it"
+    assert waited == [True] and len(rows(folder, "metrics.jsonl")) == 1, "the step did not wait for it"
     assert (folder / "run.json").exists(), "the checkpoint waited"
 
 
