@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 import threading
 import time
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from harness.stopping import up_to_stop
 from harness.terminal import printable
 from tasks import REWARD_KEYS, UsageError
 from tasks.foreign import in_a_line, plain, shortened
+
+BLANK_LINES = re.compile(r"\n\s*\n")
 
 
 class Problem(NamedTuple):
@@ -72,20 +75,78 @@ def say_once(note: str) -> None:
     print(note)
 
 
-def encode_prompt(tokenizer, task, example: dict, config: Config | None = None) -> tuple[str, list[int], str]:
-    """The prompt as text and as token ids, and what of it is the beginning of the answer.
-
-    Chat messages go through the model's chat template, with `chat_template_args`, text through nothing. The answer
-    begins where the template ends with `<think>`, as those of some reasoning models do, or with the task's `prefill`.
-    """
-    system, more = (config.system_prompt, config.chat_template_args) if config else ("", {})
+def prompt_of(task, example: dict) -> str | list[dict]:
+    """What the task asks: a text, or chat messages."""
     with of_the_task(task, "prompt()"):
-        prompt, prefill = task.prompt(example), getattr(task, "prefill", "")
+        prompt = task.prompt(example)
     if not isinstance(prompt, str) and not is_chat(prompt):
         raise UsageError(
             f"{type(task).__name__}.prompt() must give a text, or a list of messages like "
             f"{{'role': 'user', 'content': 'text'}}, but gave {shortened(prompt)}"
         )
+    return prompt
+
+
+def demonstration(task, rng: random.Random) -> tuple[dict, str]:
+    """A problem and a right completion of it, from the task's `demonstration(rng)`."""
+    if not hasattr(task, "demonstration"):
+        raise UsageError(
+            f"{type(task).__name__} has no method `demonstration(rng) -> (example, text)`, which gives a problem and a "
+            "right answer to it: few_shot and harness.sft need one"
+        )
+    with of_the_task(task, "demonstration()"):
+        example, text = task.demonstration(rng)
+    checked_example(task, "demonstration()", example)
+    if not isinstance(text, str):
+        raise UsageError(f"{type(task).__name__}.demonstration() must give text, but gave {shortened(text)}")
+    return example, text
+
+
+WORKED: dict = {}  # by the task's id, since a task need not be hashable; it is kept along, so that the id stays its own
+
+
+def worked_examples(task, count: int) -> list[tuple[str | list[dict], str]]:
+    """So many different problems of the task, or all it has, as (prompt, right completion); always the same ones."""
+    key = (id(task), count)
+    if key in WORKED:
+        return WORKED[key][1]
+    rng, found = random.Random("few_shot"), []
+    for _ in range(100 * count):
+        example, text = demonstration(task, rng)
+        if (prompt := prompt_of(task, example)) not in [other for other, _ in found]:
+            found.append((prompt, getattr(task, "prefill", "") + text))
+        if len(found) == count:
+            break
+    WORKED[key] = task, found
+    return found
+
+
+def with_worked_examples(task, prompt: str | list[dict], count: int) -> str | list[dict]:
+    """The prompt behind `count` other problems and their right answers: as earlier turns, or with blank lines between.
+
+    Raises:
+        UsageError: the task has not so many.
+    """
+    shown = [pair for pair in worked_examples(task, count + 1) if pair[0] != prompt][:count]
+    if len(shown) < count:
+        raise UsageError(f"few_shot is {count}, and {type(task).__name__} has {len(shown)} other worked examples")
+    if isinstance(prompt, str):  # a blank line ends an answer: there is none inside of it
+        return "".join(f"{asked}{BLANK_LINES.sub(chr(10), text)}\n\n" for asked, text in shown) + prompt
+    turns = [turn for asked, text in shown for turn in (asked[-1], {"role": "assistant", "content": text})]
+    return [*prompt[:-1], *turns, prompt[-1]]
+
+
+def encode_prompt(tokenizer, task, example: dict, config: Config | None = None) -> tuple[str, list[int], str]:
+    """The prompt as text and as token ids, and what of it is the beginning of the answer.
+
+    Chat messages go through the model's chat template, with `chat_template_args`, text through nothing; `few_shot`
+    worked examples come first. The answer begins where the template ends with `<think>`, as those of some reasoning
+    models do, or with the task's `prefill`.
+    """
+    system, more = (config.system_prompt, config.chat_template_args) if config else ("", {})
+    prompt, prefill = prompt_of(task, example), getattr(task, "prefill", "")
+    if config and config.few_shot:
+        prompt = with_worked_examples(task, prompt, config.few_shot)
     in_chat, opened = not isinstance(prompt, str), ""
     if in_chat:
         if not tokenizer.chat_template:

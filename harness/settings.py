@@ -59,6 +59,8 @@ class Config:
     """file with a chat template (Jinja), in the place of the model's own"""
     chat_template_args: dict[str, Any] = field(default_factory=dict)
     """arguments of the chat template, for example --chat_template_args.enable_thinking false (Qwen3)"""
+    few_shot: int = 0
+    """worked examples of the task in front of each problem, for a model that does not know the form yet"""
     reward_seconds: float = 0.0
     """time limit of one call of the task's reward(), after which it is 0, for tasks that run code; 0 is no limit"""
     trust_remote_code: bool = False
@@ -279,7 +281,7 @@ LOWEST = dict(group_size=2, prompts_per_step=1, max_prompt_tokens=1, max_complet
 LOWEST |= dict(minibatches=1, tokens_per_microbatch=1, eval_samples=1, save_steps=1, keep_last=1, steps=0, top_k=0)
 LOWEST |= dict(kl_coef=0, kl_target=0, clip_low=0, clip_high=0, warmup_steps=0, weight_decay=0, eval_steps=0)
 LOWEST |= dict(print_groups=0, kv_cache_gb=0, importance_cap=0, resample_rounds=0, overlong_share=0, reward_seconds=0)
-LOWEST |= dict(max_minutes=0)
+LOWEST |= dict(max_minutes=0, few_shot=0)
 LOWEST |= dict(entropy_coef=0, seed=0)
 CHANGEABLE_ON_RESUME = {"steps", "eval_steps", "save_steps", "keep_last", "print_groups", "about", "runs", "resume"}
 CHANGEABLE_ON_RESUME |= {"keep_best", "max_minutes", "allow_changed", "trust_remote_code"}

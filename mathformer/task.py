@@ -144,6 +144,12 @@ class ArithmeticTask:
     def prompt(self, example: dict) -> str:
         return example["prompt"]
 
+    def demonstration(self, rng: random.Random) -> tuple[dict, str]:
+        """A training problem, worked out."""
+        tree = self.draw(rng, for_eval=False)
+        example = self.example(tree, rng)
+        return example, solution_text(tree, True, example["endian"])
+
     def reward(self, text: str, example: dict) -> dict:
         match = COMPLETION.fullmatch(text)
         read = swap_endian if example["endian"] == LITTLE else str

@@ -2,11 +2,11 @@
 
 import copy
 
-import answers
-import torch
-from exercises import EXERCISES, GENERATOR, NO_GRADIENT, SECOND_OUTPUT
-
 import grpo
+import torch
+
+import answers
+from exercises import EXERCISES, GENERATOR, NO_GRADIENT, SECOND_OUTPUT
 
 GUESSES: dict[str, float] = {}
 

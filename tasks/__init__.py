@@ -9,8 +9,9 @@ A task is a class with four methods:
                                       and logged under their names, which must not be names of the run's own figures
 
 It may also have `prefill`, text that is put behind each prompt and begins the answer (`text` is prefill and
-completion); `worked_prefix`, which makes the model show its steps in the evaluation; and `typed(text) -> example`, for
-`python -m view play`.
+completion); `stop`, strings that end a completion; `worked_prefix`, which makes the model show its steps in the
+evaluation; `typed(text) -> example`, for `python -m view play`; and `demonstration(rng) -> (example, text)`, a problem
+and a right completion of it, for the setting `few_shot` and for `python -m harness.sft`.
 
 A verifier, which pays for a text, is attacked by what it trains. It does bounded work, never raises, and never runs
 what it reads.

@@ -3,7 +3,7 @@
 import random
 from functools import cache
 
-from tasks.data import load_rows, usable
+from tasks.data import load_rows, read_template, usable
 from tasks.forms import Reading, same
 from tasks.latex import read
 from tasks.tags import MAX_CHARACTERS, answer_block, is_think_then_answer
@@ -12,6 +12,10 @@ MATH_SYSTEM = (
     "Think about the problem inside <think> and </think>. Then give the final result in LaTeX inside <answer> and "
     "</answer>, for example <answer>$\\frac{1}{2}$</answer>."
 )
+TEMPLATES = {
+    "plain": "Problem: {problem}\nThink inside <think> and </think>, then give the result in LaTeX inside <answer> and "
+    "</answer>.\nSolution:"
+}
 
 
 @cache
@@ -59,6 +63,8 @@ class Math:
         levels: those to train on, 1 to 5.
         format_weight: what the right form is paid, beside 1 for the right answer.
         eval_size: use only the first so many evaluation rows; 0 for all.
+        prompt_template: `chat` (messages), `plain` (text, for a base model), or text of your own or a file of it, with
+            {problem}.
     """
 
     def __init__(
@@ -68,7 +74,9 @@ class Math:
         levels: tuple[int, ...] | list[int] = (1, 2, 3, 4, 5),
         format_weight: float = 0.1,
         eval_size: int = 0,
+        prompt_template: str = "chat",
     ):
+        self.template = None if prompt_template == "chat" else read_template(prompt_template, TEMPLATES, ("{problem}",))
         if eval_size < 0:
             raise ValueError(f"eval_size is {eval_size}, it must be 0 (for all) or more")
         self.format_weight = format_weight
@@ -97,8 +105,18 @@ class Math:
     def eval(self) -> list[dict]:
         return self.held_out
 
-    def prompt(self, example: dict) -> list[dict]:
+    def prompt(self, example: dict) -> str | list[dict]:
+        if self.template:
+            return self.template.replace("{problem}", example["problem"])
         return [{"role": "system", "content": MATH_SYSTEM}, {"role": "user", "content": example["problem"]}]
+
+    def demonstration(self, rng: random.Random) -> tuple[dict, str]:
+        """A training problem with the data set's own solution, in the form that is paid."""
+        row = self.rows[rng.randrange(len(self.rows))]
+        thought = f"<think>{row['solution'].strip()}</think>"
+        return math_example(row["problem"], gold_of(row)), (
+            f"{' ' if self.template else ''}{thought}\n<answer>${gold_of(row)}$</answer>"
+        )
 
     def typed(self, text: str) -> dict:
         """`What is ...? #### \\frac{1}{2}` as a problem."""

@@ -5,9 +5,11 @@ import random
 import re
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from fractions import Fraction
 
 from tasks.data import load_rows, read_template, usable
+from tasks.solver import worked_solution
 from tasks.tags import MAX_CHARACTERS, answer_block, is_think_then_answer
 
 EQUATION = re.compile(r"[0-9+\-*/() \t\n]{1,200}")  # ASCII digits, and nothing of Python but arithmetic
@@ -85,6 +87,7 @@ class Countdown:
     Args:
         dataset: rows with `nums` and `target`: a name on the Hub, a local folder or file, or `synthetic` for problems
             of our own of the same kind, without a download.
+        numbers: how many numbers the problems of our own have: 2 to 6, or a list of such sizes.
         prompt_template: `r1` (chat messages, and the answer begins with a prefilled `<think>`), `plain` (text), or text
             of your own or a file of it, with {nums} and {target}.
         equation_weight, format_weight: what a right equation and the right form are paid; a weight of 0 makes the part
@@ -101,6 +104,7 @@ class Countdown:
         format_weight: float = 1.0,
         format_gates: bool = False,
         eval_size: int = 500,
+        numbers: int | list[int] | tuple[int, ...] = (3, 4),
     ):
         self.equation_weight, self.format_weight, self.format_gates = equation_weight, format_weight, format_gates
         self.is_chat = prompt_template == "r1"
@@ -108,10 +112,15 @@ class Countdown:
         self.template = read_template(prompt_template, TEMPLATES, ("{nums}", "{target}"))
         if eval_size < 1:
             raise ValueError(f"eval_size is {eval_size}, it must be 1 or more")
+        self.sizes = list(numbers) if isinstance(numbers, (list, tuple)) else [numbers]
+        if not self.sizes or not all(isinstance(n, int) and 2 <= n <= 6 for n in self.sizes):
+            raise ValueError(f"numbers is {numbers!r}: 2 to 6, or a list of such sizes")
         if dataset == "synthetic":
             self.rows, rng = None, random.Random(42)
-            self.held_out = [countdown_problem(rng, for_eval=True) for _ in range(eval_size)]
+            self.held_out = [countdown_problem(rng, True, self.sizes) for _ in range(eval_size)]
             return
+        if self.sizes != [3, 4]:
+            raise ValueError(f"numbers is for the dataset synthetic: {dataset!r} has problems of its own")
         rows = load_rows(dataset, "train", ["nums", "target"])
         rows = rows.select(usable(rows, dataset, can_be_written, "nums and target must be whole numbers, nums from 0"))
         if len(rows) <= eval_size:
@@ -127,7 +136,7 @@ class Countdown:
         self.rows = parts["train"].select(kept)
 
     def train(self, rng: random.Random, step: int) -> dict:
-        return self.rows[rng.randrange(len(self.rows))] if self.rows else countdown_problem(rng, for_eval=False)
+        return self.rows[rng.randrange(len(self.rows))] if self.rows else countdown_problem(rng, False, self.sizes)
 
     def eval(self) -> list[dict]:
         return self.held_out
@@ -137,6 +146,15 @@ class Countdown:
         if not self.is_chat:
             return text
         return [{"role": "system", "content": R1_SYSTEM}, {"role": "user", "content": text}]
+
+    def demonstration(self, rng: random.Random) -> tuple[dict, str]:
+        """A training problem and a right answer, behind the prefill: a search with dead ends, written by a program."""
+        for _ in range(1000):  # there may be rows without an equation
+            example = self.train(rng, 0)
+            if found := worked_solution(rng, example["nums"], example["target"]):
+                thinking, equation = found
+                return example, f" {thinking}{'</think>' * self.is_chat}\n<answer>{equation}</answer>"
+        raise ValueError("no equation was found for any of 1,000 problems")
 
     def typed(self, text: str) -> dict:
         """`3 7 25 = 46` as a problem."""
@@ -160,13 +178,13 @@ def can_be_written(row: dict) -> bool:
     return isinstance(nums, list) and bool(nums) and all(type(n) is int for n in [*nums, target]) and min(nums) >= 0
 
 
-def countdown_problem(rng: random.Random, for_eval: bool) -> dict:
-    """Three or four numbers from 1 to 99 and a whole target from 10 to 100 that some equation of all of them equals.
+def countdown_problem(rng: random.Random, for_eval: bool, sizes: Sequence[int] = (3, 4)) -> dict:
+    """Numbers from 1 to 99, as many as one of the `sizes`, and a whole target from 10 to 100 that some equation equals.
 
     One problem in twenty, by its numbers and target, is for the evaluation, the others are for training.
     """
     while True:
-        nums = [rng.randint(1, 99) for _ in range(rng.choice((3, 4)))]
+        nums = [rng.randint(1, 99) for _ in range(rng.choice(sizes))]
         values = [Fraction(n) for n in nums]
         while len(values) > 1:
             a = values.pop(rng.randrange(len(values)))

@@ -5,7 +5,7 @@ import re
 from fractions import Fraction
 from pathlib import Path
 
-from tasks.data import load_rows, usable, without
+from tasks.data import load_rows, read_template, usable, without
 from tasks.foreign import shortened
 from tasks.tags import MAX_CHARACTERS
 
@@ -16,6 +16,9 @@ GSM8K_SYSTEM = (
     "Solve the problem with brief reasoning. End with one line that has only the word Final, a colon and the number: "
     "Final: 42"
 )
+
+TEMPLATES = {"plain": "Question: {question}\nReason briefly. The last line is Final: and the number.\nAnswer:"}
+COMPUTED = re.compile("<<[^<>]*>>")  # what the data set has for a calculator
 
 
 def plain_number(text: str) -> Fraction:
@@ -60,9 +63,16 @@ class GSM8K:
             evaluation and the others for training. Rows whose gold answer is no number are left out, and so are
             questions that are there twice, or in training and in the evaluation.
         train_size, eval_size: use only the first so many rows of a split; 0 for all.
+        prompt_template: `chat` (messages), `plain` (text, for a base model), or text of your own or a file of it, with
+            {question}.
     """
 
-    def __init__(self, dataset: str = "openai/gsm8k", train_size: int = 0, eval_size: int = 0):
+    def __init__(
+        self, dataset: str = "openai/gsm8k", train_size: int = 0, eval_size: int = 0, prompt_template: str = "chat"
+    ):
+        self.template = (
+            None if prompt_template == "chat" else read_template(prompt_template, TEMPLATES, ("{question}",))
+        )
         if min(train_size, eval_size) < 0:
             raise ValueError(f"train_size is {train_size} and eval_size {eval_size}, they must be 0 (for all) or more")
         columns = ["question", "answer"]
@@ -90,8 +100,16 @@ class GSM8K:
     def eval(self) -> list[dict]:
         return self.held_out
 
-    def prompt(self, example: dict) -> list[dict]:
+    def prompt(self, example: dict) -> str | list[dict]:
+        if self.template:
+            return self.template.replace("{question}", example["question"])
         return [{"role": "system", "content": GSM8K_SYSTEM}, {"role": "user", "content": example["question"]}]
+
+    def demonstration(self, rng: random.Random) -> tuple[dict, str]:
+        """A training problem with the data set's own solution, in the form that is paid."""
+        example = rng.choice(self.examples)
+        steps = COMPUTED.sub("", example["solution"])
+        return example, f"{' ' if self.template else ''}{steps}\nFinal: {example['number']}"
 
     def typed(self, text: str) -> dict:
         """`How many ...? #### 42` as a problem, as the data set writes it."""
@@ -124,4 +142,5 @@ def gsm8k_example(row: dict) -> dict:
     number = row["answer"].rpartition("####")[2].strip()
     if not re.fullmatch(NUMBER, number):
         raise ValueError(f"no number behind #### in the answer of {row['question'][:80]!r}: {row['answer'][-80:]!r}")
-    return {"question": row["question"], "target": plain_number(number)}
+    solution = row["answer"].rpartition("####")[0].strip()
+    return {"question": row["question"], "target": plain_number(number), "number": number, "solution": solution}

@@ -19,7 +19,7 @@ shoe shop sister skirt snow soap sock song soup spoon star stone storm street su
 ticket tiger tomato town toy train tree truck uncle village wall watch water wheel wind window winter wolf wood
 """.split()
 HELD_OUT, TRAINED = NOUNS[::5], [noun for i, noun in enumerate(NOUNS) if i % 5]
-EXAMPLES = [  # of nouns that are in no problem
+EXAMPLES = [  # those that `few_shot` shows, of nouns that are in no problem
     (["painter", "ladder", "barn"], "The painter left a ladder in the barn."),
     (["kite", "cousin", "beach"], "My cousin flew a red kite at the beach."),
     (["lawyer", "taxi", "thunder"], "The thunder was so loud that a lawyer missed his taxi."),
@@ -40,12 +40,12 @@ def skeleton(text: str, given: list[str]) -> tuple[str, ...]:
     return tuple("_" if w in given else w for w in words_of(text) if w in given or w in FUNCTION_WORDS)
 
 
-def sentence_reward(text: str, example: dict, rule: str = "words", examples: tuple = ()) -> dict:
+def sentence_reward(text: str, example: dict, rule: str = "words") -> dict:
     """How far the text is one sentence with the given words, as `rule` has it.
 
     words: one sentence, from a capital letter to the first of .!?, with every given word in it.
     strict: also 6 to 16 words long, each given word once, and at least two words between any two of them.
-    own: also with another skeleton than each of the `examples`, the sentences that were shown.
+    own: also with another skeleton than each of the EXAMPLES, which the model may have been shown.
 
     The reward is half the share of what is asked for, and half for all of it; 0 where it is not one sentence.
     """
@@ -53,7 +53,7 @@ def sentence_reward(text: str, example: dict, rule: str = "words", examples: tup
     form, found = bool(SENTENCE.fullmatch(text)), words_of(text)
     places = [i for i, word in enumerate(found) if word in given]
     close = any(b - a < 3 for a, b in zip(places, places[1:], strict=False))
-    copied = any(skeleton(text, given) == skeleton(sentence, words) for words, sentence in examples)
+    copied = any(skeleton(text, given) == skeleton(sentence, words) for words, sentence in EXAMPLES)
     asked = [float(word in found) for word in given]
     if rule != "words":
         asked = [float(found.count(word) == 1) for word in given]
@@ -75,22 +75,20 @@ def sentence_reward(text: str, example: dict, rule: str = "words", examples: tup
 
 
 class Sentences:
-    """`words` of them, a number or several to choose from; paid by `rule`, after some worked `examples`.
+    """`words` of them, a number or several to choose from; paid by `rule`.
 
     The words of the evaluation are in no problem of the training.
     """
 
-    def __init__(self, words: int | list[int] = 3, rule: str = "words", examples: int = 0, eval_size: int = 64):
+    def __init__(self, words: int | list[int] = 3, rule: str = "words", eval_size: int = 64):
         self.sizes = words if isinstance(words, list) else [words]
         if not self.sizes or not all(isinstance(n, int) and 1 <= n <= 8 for n in self.sizes):
             raise ValueError(f"words is {words!r}: 1 to 8, or a list of such numbers")
         if rule not in RULES:
             raise ValueError(f"rule is {rule!r}: one of {', '.join(RULES)}")
-        if not 0 <= examples <= len(EXAMPLES):
-            raise ValueError(f"examples is {examples}: 0 to {len(EXAMPLES)}")
         if eval_size < 1:
             raise ValueError(f"eval_size is {eval_size}: 1 or more")
-        self.rule, self.examples, self.eval_size = rule, tuple(EXAMPLES[:examples]), eval_size
+        self.rule, self.eval_size = rule, eval_size
 
     def train(self, rng: random.Random, step: int) -> dict:
         return {"words": rng.sample(TRAINED, rng.choice(self.sizes))}
@@ -100,13 +98,15 @@ class Sentences:
         return [{"words": rng.sample(HELD_OUT, self.sizes[i % len(self.sizes)])} for i in range(self.eval_size)]
 
     def prompt(self, example: dict) -> list[dict]:
-        messages = [{"role": "system", "content": "Write one short sentence."}]
-        for words, sentence in self.examples:
-            messages += [{"role": "user", "content": request(words)}, {"role": "assistant", "content": sentence}]
-        return [*messages, {"role": "user", "content": request(example["words"])}]
+        system = {"role": "system", "content": "Write one short sentence."}
+        return [system, {"role": "user", "content": request(example["words"])}]
+
+    def demonstration(self, rng: random.Random) -> tuple[dict, str]:
+        words, sentence = rng.choice(EXAMPLES)
+        return {"words": words}, sentence
 
     def reward(self, text: str, example: dict) -> dict:
-        return sentence_reward(text, example, self.rule, self.examples)
+        return sentence_reward(text, example, self.rule)
 
     def typed(self, text: str) -> dict:
         """For `python -m view play`: the words, with anything between them."""

@@ -258,6 +258,12 @@ def _(a, b):
     assert a.paid(loose) == 1 and b.paid(loose) == 0 and b.paid(solved(b.drawn[0])) == 2
 
 
+@check(Countdown, dict(dataset="synthetic"), numbers=[2, 6])
+def _(a, b):
+    assert [{len(e["nums"]) for e in used.drawn} for used in (a, b)] == [{3, 4}, {2, 6}]
+    assert [{len(e["nums"]) for e in used.held_out} for used in (a, b)] == [{3, 4}, {2, 6}]
+
+
 @check(Countdown, eval_size=4)
 def _(a, b):
     assert (len(a.held_out), len(b.held_out)) == (10, 4) and len(b.task.rows) == 26
@@ -278,11 +284,6 @@ def _(a, b):
     assert a.paid(listed, example) == 1 > b.paid(listed, example) > 0
 
 
-@check(Sentences, examples=2)
-def _(a, b):
-    assert [len(used.task.prompt(used.drawn[0])) for used in (a, b)] == [2, 6]
-
-
 @check(Sentences, eval_size=5)
 def _(a, b):
     assert len(a.held_out) == 64 and b.held_out == a.held_out[:5]
@@ -301,6 +302,20 @@ def _(a, b):
 @check(GSM8K, eval_size=5)
 def _(a, b):
     assert [e["target"] for e in b.held_out] == list(range(25, 30))
+
+
+@check(GSM8K, prompt_template="plain")
+def _(a, b):
+    problem = b.drawn[0]
+    assert b.task.prompt(problem).startswith(f"Question: {problem['question']}\n")
+    assert [m["role"] for m in a.task.prompt(problem)] == ["system", "user"]
+
+
+@check(Math, prompt_template="{problem} = ?")
+def _(a, b):
+    problem = b.drawn[0]
+    assert b.task.prompt(problem) == f"{problem['problem']} = ?"
+    assert [m["role"] for m in a.task.prompt(problem)] == ["system", "user"]
 
 
 @check(Math, dataset="THIRD_MATH")
@@ -332,8 +347,8 @@ def _(a, b):
 
 @pytest.mark.parametrize("task, argument", [(task, name) for task in BASES for name in CHECKS[task]])
 def test_an_argument_of_a_task(task, argument, use):
-    value, _, check = CHECKS[task][argument]
-    check(use(NAMES[task], BASES[task]), use(NAMES[task], BASES[task] | {argument: value}))
+    value, base, check = CHECKS[task][argument]
+    check(use(NAMES[task], BASES[task] | base), use(NAMES[task], BASES[task] | base | {argument: value}))
 
 
 @pytest.mark.parametrize("task", BASES)
@@ -850,11 +865,11 @@ DEFAULTS = {
     ArithmeticTask: dict(max_digits=1, max_depth=3, operators="+-*", max_value=99, negatives=0, parentheses=0, spaces=0)
     | dict(endian="big", partial_credit=0, curriculum_steps=0, eval_size=500, eval_seed=1234),
     Countdown: dict(dataset="Jiayi-Pan/Countdown-Tasks-3to4", prompt_template="r1", equation_weight=1, format_weight=1)
-    | dict(format_gates=False, eval_size=500),
-    Sentences: dict(words=3, rule="words", examples=0, eval_size=64),
-    GSM8K: dict(dataset="openai/gsm8k", train_size=0, eval_size=0),
+    | dict(format_gates=False, eval_size=500, numbers=(3, 4)),
+    Sentences: dict(words=3, rule="words", eval_size=64),
+    GSM8K: dict(dataset="openai/gsm8k", train_size=0, eval_size=0, prompt_template="chat"),
     Math: dict(dataset="DigitalLearningGmbH/MATH-lighteval", eval_dataset="HuggingFaceH4/MATH-500")
-    | dict(levels=(1, 2, 3, 4, 5), format_weight=0.1, eval_size=0),
+    | dict(levels=(1, 2, 3, 4, 5), format_weight=0.1, eval_size=0, prompt_template="chat"),
     evaluate.EvaluationConfig: dict(
         problems=500, samples=8, temperature=1, max_gen_len=256, expression="", out="", seed=0
     )
@@ -875,7 +890,7 @@ DEFAULTS = {
     | dict(optimizer="adamw", lr=1e-6, lr_schedule="constant", warmup_steps=0, weight_decay=0, grad_clip=1)
     | dict(tokens_per_microbatch=8192, gradient_checkpointing=False, eval_steps=50, eval_samples=8, runs="runs")
     | dict(save_steps=50, keep_last=2, keep_best=True, max_minutes=0, print_groups=50, cudnn_attention=False)
-    | dict(system_prompt="", chat_template="")
+    | dict(system_prompt="", chat_template="", few_shot=0)
     | dict.fromkeys(("model", "task", "about", "report_to", "project", "run_name", "resume", "allow_changed"), ""),
 }
 

@@ -25,13 +25,14 @@ ROOMS = [path for room in ("harness", "tasks", "view") for path in sorted((house
 MAY_IMPORT = {
     "tasks": {"tasks"},
     "harness": {"harness", "tasks"},
+    "harness commands": {"grpo", "harness", "tasks"},
     "variants": {"tasks"},
     "grpo": {"variants", "harness", "tasks"},
     "view": {"view", "grpo", "variants", "harness", "tasks", "mathformer"},
     "mathformer": {"mathformer"},
     "mathformer commands": {"mathformer", "grpo", "variants", "harness", "tasks"},
 }
-COMMANDS = {"train.py", "train_rl.py", "evaluate.py"}
+COMMANDS = {"mathformer": {"train.py", "train_rl.py", "evaluate.py"}, "harness": {"sft.py"}}
 OURS = {"tasks", "harness", "variants", "grpo", "view", "mathformer", "notebooks", "benchmarks", "tests", "conftest"}
 
 
@@ -65,7 +66,9 @@ def test_few_files_stand_at_the_root():
 
 def room_of(path: Path) -> str:
     first = path.relative_to(house.ROOT).parts[0].removesuffix(".py")
-    return "mathformer commands" if first == "mathformer" and path.name in COMMANDS else first
+    if path.name in COMMANDS.get(first, ()):
+        return f"{first} commands"
+    return first
 
 
 def imported(source: str) -> set[str]:

@@ -19,18 +19,18 @@ sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "notebooks")) if p not in sys.
 
 import inspect
 
-import viz
+from harness import loading
+from harness.command_line import PRESET, parse_config
 from IPython.display import clear_output, display
-from workshop import check, compare, predict
+from mathformer import ArithmeticTask
+from mathformer.task import COMPLETION  # the pattern (<scratchpad>steps)?<answer>answer, for your answer
 
 # %%
 import experiments
+import viz
 from exercises import EXPLOITS, PROBLEM
 from experiments import recorded
-from mathformer import ArithmeticTask
-from mathformer.task import COMPLETION  # the pattern (<scratchpad>steps)?<answer>answer, for your answer
-from harness import loading
-from harness.command_line import PRESET, parse_config
+from workshop import check, compare, predict
 
 SEED = 0  # take another seed than your neighbour
 # %% [markdown]

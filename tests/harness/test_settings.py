@@ -691,6 +691,7 @@ ELSEWHERE = {
     "cudnn_attention": "harness/test_loading.py::test_which_attention_torch_may_take",
     "stop": "harness/test_stopping.py::test_a_run_stops_at_strings_of_the_setting_or_of_the_task",
     "system_prompt": "harness/test_templates.py::test_a_system_prompt_takes_the_place_of_the_tasks_own",
+    "few_shot": "harness/test_templates.py::test_worked_examples_are_earlier_turns_of_a_chat",
     "chat_template": "harness/test_templates.py::test_a_template_of_a_file_takes_the_place_of_the_models_and_is_kept",
     "chat_template_args": "harness/test_templates.py::test_arguments_of_the_template_reach_it",
     "vllm_sleep": "harness/test_vllm.py::test_settings_of_vllm_reach_it",
@@ -788,6 +789,7 @@ VALUES |= {
     "run_name": "r",
     "stop": '["7"]',
     "system_prompt": "7",
+    "few_shot": 1,
     "chat_template": "a.jinja",
     "chat_template_args": '{"a": 1}',
 }

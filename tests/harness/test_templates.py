@@ -1,9 +1,11 @@
-"""Chat templates from settings: a file, arguments, a system prompt; each as it reaches the sampler."""
+"""What settings make of a prompt: chat templates, a system prompt, worked examples; each as it reaches the sampler."""
 
 import json
 
 import pytest
-from conftest import PRETRAINED
+import yaml
+from architectures import tiny_model
+from conftest import PRETRAINED, byte_tokenizer
 
 import grpo
 from harness import loading
@@ -23,6 +25,17 @@ class Asks:
     def reward(self, text, example):
         return dict(reward=len(text) % 2, correct=len(text) % 2, format=1.0, prediction=text, ground_truth=None)
 """
+SHOWS = (
+    TASK.replace("PROMPT", "self.asked('1+1' if example['n'] == 1 else '2+' + str(example['n']))")
+    + """
+    prefill = "<answer>"
+    def asked(self, text):
+        return ASKED
+    def demonstration(self, rng):
+        n = rng.randrange(1, 4)
+        return {"n": n}, f"{n}\\n \\n{n + 1}"
+"""
+)
 USER = [{"role": "user", "content": "1+1"}]
 SYSTEM = [{"role": "system", "content": "7"}]
 
@@ -31,17 +44,19 @@ SYSTEM = [{"role": "system", "content": "7"}]
 def prompts(tmp_path, tokenizer, monkeypatch):
     """The texts that a run's sampler gets, with these settings."""
 
-    def of(prompt=USER, template=TEMPLATE, **settings) -> set[str]:
-        model, _ = loading.load_model(PRETRAINED)
+    def of(prompt=USER, template=TEMPLATE, source=TASK, **settings) -> set[str]:
+        reads_lines = source != TASK  # which the small model's tokenizer cannot
+        reader = byte_tokenizer() if reads_lines else tokenizer
+        model = tiny_model("llama") if reads_lines else loading.load_model(PRETRAINED)[0]
         model.save_pretrained(tmp_path / "model")
-        tokenizer.chat_template = template
-        tokenizer.save_pretrained(tmp_path / "model")
-        tokenizer.chat_template = None
-        (tmp_path / "asks.py").write_text(TASK.replace("PROMPT", json.dumps(prompt)))
+        reader.chat_template = template
+        reader.save_pretrained(tmp_path / "model")
+        reader.chat_template = None
+        (tmp_path / "asks.py").write_text(source.replace("PROMPT", json.dumps(prompt)))
         seen, complete = set(), grpo.complete
         monkeypatch.setattr(grpo, "complete", lambda *args: [seen.add(p.prompt) for p in args[3]] and complete(*args))
         small = dict(steps=1, prompts_per_step=1, group_size=2, eval_samples=1, max_completion_tokens=4)
-        small |= dict(max_prompt_tokens=40, runs=str(tmp_path / "runs"), lr=1e-6)
+        small |= dict(max_prompt_tokens=200, runs=str(tmp_path / "runs"), lr=1e-6)
         where = dict(model=str(tmp_path / "model"), task=f"{tmp_path}/asks.py:Asks")
         result = grpo.train(grpo.Config(**where, **small | settings))
         of.result = result
@@ -70,6 +85,50 @@ def test_a_template_of_a_file_takes_the_place_of_the_models_and_is_kept(prompts,
 @pytest.mark.parametrize("prompt", [USER, SYSTEM + USER])
 def test_a_system_prompt_takes_the_place_of_the_tasks_own(prompt, prompts):
     assert prompts(prompt, system_prompt="3") == {"<sos>-3<sos>+1+1="}
+
+
+CHAT = SHOWS.replace("ASKED", "[dict(role='system', content='7'), dict(role='user', content=text)]")
+PLAIN = SHOWS.replace("ASKED", "'<sos>' + text")
+
+
+def test_worked_examples_are_earlier_turns_of_a_chat(prompts):
+    """Of other problems than the one that is asked, always the same, with the prefill, behind the system prompt."""
+    one = {f"<sos>-7<sos>+2+{n}<sos>-<answer>{n}\n \n{n + 1}<sos>+1+1=<answer>" for n in (2, 3)}
+    assert prompts(source=CHAT) == {"<sos>-7<sos>+1+1=<answer>"}
+    (shown,) = prompts(source=CHAT, few_shot=1)
+    assert shown in one and prompts(source=CHAT, few_shot=1) == {shown}
+    assert yaml.safe_load((prompts.result["run"] / "config.yaml").read_text())["stop"] == []
+    (shown,) = prompts(source=CHAT, few_shot=2)
+    assert all(f"+2+{n}" in shown for n in (2, 3)) and shown.count("+1+1") == 1
+    assert prompts(source=CHAT, few_shot=1, system_prompt="3").pop().startswith("<sos>-3<sos>+2")
+
+
+@pytest.mark.parametrize("stop, kept", [([], ["\n\n"]), (["7"], ["7"])])
+def test_worked_examples_of_a_text_end_in_blank_lines_as_the_answer_does(stop, kept, prompts):
+    """There is no blank line inside of an answer, and the next one ends the completion, if no other stop is set."""
+    (shown,) = prompts(source=PLAIN, few_shot=2, stop=stop)
+    asked = [f"<sos>2+{n}<answer>{n}\n{n + 1}\n\n" for n in (2, 3)]
+    assert shown in {"".join(order) + "<sos>1+1<answer>" for order in (asked, asked[::-1])}
+    assert yaml.safe_load((prompts.result["run"] / "config.yaml").read_text())["stop"] == kept
+
+
+@pytest.mark.parametrize(
+    "source, said",
+    [
+        (TASK, r"Asks has no method `demonstration\(rng\) -> \(example, text\)`"),
+        (CHAT, "few_shot is 3, and Asks has 2 other worked examples"),
+        (CHAT.replace('{"n": n}, f"', '{"n": n}, 3, f"'), r"Asks.demonstration\(\) raised ValueError"),
+        (
+            CHAT.replace('{"n": n}, f"', '7, f"'),
+            r"Asks.demonstration\(\) must give problems, which are dicts, but gave 7",
+        ),
+        (CHAT.replace('f"{n}', 'b"{n}'), r"Asks.demonstration\(\) must give text, but gave"),
+    ],
+)
+def test_worked_examples_that_cannot_be_had_are_one_line(source, said, prompts, tmp_path):
+    with pytest.raises(grpo.UsageError, match=said):
+        prompts(source=source, few_shot=3)
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ MOUSE = {"words": ["mouse", "foot", "cat"]}
     ],
 )
 def test_what_each_rule_pays(text, words, strict, own):
-    found = [sentence_reward(text, MOUSE, rule, tuple(EXAMPLES[:1])) for rule in RULES]
+    found = [sentence_reward(text, MOUSE, rule) for rule in RULES]
     assert [parts["correct"] for parts in found] == [words, strict, own]
     for parts in found:
         assert (parts["reward"] == 1) == (parts["correct"] == 1) and 0 <= parts["reward"] <= 1
@@ -58,9 +58,9 @@ def test_what_is_nearly_right_is_paid_in_part():
 
 
 def test_parts_tell_how_it_was_done():
-    parts = sentence_reward("The mouse, foot and cat left a mouse in the barn.", MOUSE, "own", tuple(EXAMPLES[:1]))
+    parts = sentence_reward("The mouse, foot and cat left a mouse in the barn.", MOUSE, "own")
     assert [parts[key] for key in ("words_used", "listed", "copied", "sentence_length")] == [1, 1, 0, 11]
-    assert sentence_reward("A mouse left a foot in the cat.", MOUSE, "words", tuple(EXAMPLES[:1]))["copied"] == 0
+    assert sentence_reward("A mouse left a foot in the cat.", MOUSE)["copied"] == 0
     assert " ".join(skeleton("The Painter left a ladder in the barn.", EXAMPLES[0][0])) == "the _ a _ in the _"
 
 
@@ -77,12 +77,11 @@ def test_words_of_the_evaluation_are_in_no_training_and_in_no_example():
         assert sentence_reward(sentence, {"words": words}, "strict")["correct"] == 1
 
 
-def test_the_prompt_asks_and_shows():
-    task = load_task("sentences", {"examples": 1})
-    system, *shown, asked = task.prompt({"words": ["snow", "road", "water"]})
+def test_the_prompt_asks():
+    task = load_task("sentences", {})
+    system, asked = task.prompt({"words": ["snow", "road", "water"]})
     assert asked == {"role": "user", "content": "Write one short sentence with the words snow, road and water."}
-    assert system["role"] == "system" and [m["role"] for m in shown] == ["user", "assistant"]
-    assert shown[1]["content"] == EXAMPLES[0][1]
+    assert system["role"] == "system"
     assert Sentences(words=1).prompt({"words": ["snow"]})[1]["content"].endswith("with the word snow.")
     assert task.typed("Snow, road; water") == {"words": ["snow", "road", "water"]}
 
@@ -91,7 +90,7 @@ def test_the_prompt_asks_and_shows():
     "given, said",
     [
         (dict(words=0), "1 to 8"), (dict(words=[]), "1 to 8"), (dict(words=[3, 9]), "1 to 8"),
-        (dict(rule="kind"), "one of words, strict, own"), (dict(examples=4), "0 to 3"),
+        (dict(rule="kind"), "one of words, strict, own"),
         (dict(eval_size=0), "1 or more"),
     ],
 )  # fmt: skip
