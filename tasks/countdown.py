@@ -183,8 +183,9 @@ def countdown_problem(rng: random.Random, for_eval: bool, sizes: Sequence[int] =
 
     One problem in twenty, by its numbers and target, is for the evaluation, the others are for training.
     """
+    size = rng.choice(sizes)
     while True:
-        nums = [rng.randint(1, 99) for _ in range(rng.choice(sizes))]
+        nums = [rng.randint(1, 99) for _ in range(size)]
         values = [Fraction(n) for n in nums]
         while len(values) > 1:
             a = values.pop(rng.randrange(len(values)))

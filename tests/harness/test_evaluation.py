@@ -151,6 +151,30 @@ def test_verdict(row, said):
     assert said in verdict(row)
 
 
+@pytest.mark.parametrize(
+    "dead, pass_1, pass_8, form, said",
+    [
+        # trained, and learned: three given words, strictly, numbers in words to digits, word problems, two numbers
+        (0.03, 0.07, 0.45, 0.43, "yes"),
+        (0.02, 0.06, 0.41, 0.84, "yes"),
+        (0.08, 0.10, 0.47, 0.77, "yes"),
+        (0.17, 0.09, 0.42, 0.31, "yes"),
+        (0.00, 0.05, 0.27, 0.60, "yes"),
+        # seldom right even once in eight: Countdown with three numbers, five words, problems of two steps
+        (0.00, 0.01, 0.06, 0.60, "unlikely"),
+        (0.05, 0.01, 0.06, 0.43, "unlikely"),
+        (0.10, 0.02, 0.11, 0.31, "unlikely"),
+        (0.98, 0.00, 0.00, 0.90, "unlikely"),
+        # between: sums of three or four terms, the largest of four numbers
+        (0.20, 0.02, 0.14, 0.90, "perhaps, slowly; few_shot or harness.sft shows it how"),
+        (0.55, 0.20, 0.48, 0.90, "perhaps, slowly; a larger group_size leaves fewer dead groups"),
+    ],
+)
+def test_the_verdict_on_what_smollm2_was_tried_on(dead, pass_1, pass_8, form, said):
+    """SmolLM2-135M-Instruct's first evaluations, with rewards that pay for the form, and what became of them."""
+    assert f"will it learn? {said}" in verdict(verdict_row(dead, pass_1, pass_8, truncated=0.48, format=form))
+
+
 def test_the_verdict_has_remarks_only_where_they_hold():
     assert ";" not in verdict(verdict_row(0.3, 0.3, 0.7, truncated=0.3, format=0.2))
 
