@@ -24,6 +24,7 @@ SMALL_CARD += "tokens_per_microbatch=2560"  # as configs/countdown-24gb.yaml
 
 
 SMOLLM2 = "grpo.py --config configs/smollm2-sentence.yaml"  # `python -m harness.smollm2` makes its model before
+LONG = "grpo.py --config configs/smollm2-long.yaml"  # a quarter of an hour by itself
 
 
 class Task(NamedTuple):
@@ -52,13 +53,16 @@ TASKS = [
     gpu(130, "Qwen2.5-1.5B", "--steps 4 --set tokens_per_microbatch=auto"),
     gpu(80, "Qwen2.5-3B", "--profile"),
     gpu(320, "Qwen2.5-1.5B", "--steps 3 --versus TRL --limit 220"),
+    Task(890, f"{LONG} --seed 0 --runs {{out}}/smollm2"),
 ]
 
 
 def run(task: Task, out: Path, name: str, tiny: bool, limit: float) -> dict:
     words = task.words.format(out=shlex.quote(str(out)), commit=shlex.quote(name))
     if tiny:
-        words = words.replace(SMOLLM2, "grpo.py --steps 1 --task_args.eval_size 2").replace("--shapes ", "--tiny ")
+        for recipe in (SMOLLM2, LONG):
+            words = words.replace(recipe, "grpo.py --steps 1 --task_args.eval_size 2")
+        words = words.replace("--shapes ", "--tiny ")
         words = " ".join(word for word in words.split() if not word.startswith("Qwen"))
     started = time.monotonic()
     code = within(limit, [sys.executable, *shlex.split(words)])

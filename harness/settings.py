@@ -98,7 +98,7 @@ class Config:
     top_k: int = 0
     """sample from the k most likely tokens only; 0 is off"""
     stop: list[str] = field(default_factory=list)
-    """strings that end a completion, besides its end-of-sequence token, for example '["</answer>"]' (docs/gpu.md)"""
+    """strings that end a completion, besides its end-of-sequence token, for example '["</answer>"]' (docs/models.md)"""
     sample_rows: int = 256
     """completions that are sampled at the same time, but at least one whole group"""
 

@@ -1,10 +1,13 @@
 """Small models, hand-made rollouts and an in-memory run that the tests share."""
 
 import copy
+import fcntl
 import math
 import os
 import random
+import tempfile
 from functools import partial
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for a server
 os.environ.setdefault("MKL_CBWR", "AUTO")  # as grpo.py does, which comes behind torch here
@@ -29,9 +32,10 @@ from transformers import (
 )
 
 import grpo
-from harness import curves
+from harness import curves, smollm2
 from mathformer.tokenizer import build_tokenizer
 from mathformer.train import build_model
+from tasks import UsageError
 
 
 def pytest_collection_modifyitems(items):
@@ -147,6 +151,22 @@ def byte_tokenizer():
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder():
+    """SmolLM2-135M-Instruct, shared by all processes of the tests, and by later runs of them on this machine."""
+    made = Path(tempfile.gettempdir()) / f"grpo-smollm2-{smollm2.SHA256[:8]}-{os.getuid()}"
+    with open(f"{made}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            try:
+                smollm2.make(made)
+            except UsageError as error:
+                if os.environ.get("REQUIRE_SMOLLM2"):
+                    raise
+                pytest.skip(f"SmolLM2 cannot be had: {error}")
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from accelerate.commands.launch import launch_command_parser
 from packaging.requirements import Requirement
 
 import grpo
-from harness import smollm2
+from harness import sft, smollm2
 from harness.command_line import parse_settings
 from mathformer import evaluate, train, train_rl
 from view.report import parse_arguments
@@ -123,6 +123,7 @@ PROGRAMS = {
     "mathformer.evaluate": lambda argv: parse_settings(evaluate.EvaluationConfig, "x", argv),
     "view report": parse_arguments,
     "harness.smollm2": smollm2.parse_arguments,
+    "harness.sft": sft.parse_arguments,
 }
 
 

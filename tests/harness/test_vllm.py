@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from conftest import largest_difference, updated
 
 from harness.batching import policy_inputs
-from harness.prompts import Problem
+from harness.prompts import Problem, encode_prompt
 from harness.vllm_sampler import VLLMSampler, check_sampler, graph_sizes, shape_folder
 
 if not os.environ.get("REQUIRE_VLLM"):
@@ -27,6 +27,7 @@ import grpo  # noqa: E402
 from harness import loading
 from mathformer import ArithmeticTask  # noqa: E402
 from mathformer.train import build_model  # noqa: E402
+from tasks.sentences import Sentences
 
 SHAPE = dict(vocab_size=40, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2)
 SHAPE |= dict(num_key_value_heads=1, max_position_embeddings=512, eos_token_id=2, pad_token_id=0, bos_token_id=1)
@@ -381,6 +382,44 @@ def test_stop_strings_end_a_completion_as_with_torch(folder, config):
             assert len(sample.logps) == sample.length
             ended += by_string
         assert ended > 10 and largest_gap(model, found) < 1e-3
+
+
+def test_smollm2_writes_what_it_writes_with_torch(smollm2_folder, tmp_path):
+    """A real model, over chat prompts; before an update, after it, and as final/, which vLLM loads by itself."""
+    model, tokenizer = loading.load_model(str(smollm2_folder))
+    words = [["snow", "road", "water"], ["dog"], ["king", "sugar", "train", "window", "bell"]]
+    ids = [encode_prompt(tokenizer, Sentences(), {"words": given})[1] for given in words]
+    settings = dict(prompts_per_step=3, group_size=4, max_prompt_tokens=100, max_completion_tokens=24, kv_cache_gb=0.3)
+    config = grpo.Config(str(smollm2_folder), "sentences", **settings, device="cpu")
+    sampler = VLLMSampler(str(smollm2_folder), model, [0, 2], config, bf16=False)
+
+    def check(model, sampler):
+        torch_sampler = grpo.TorchSampler(model, [0, 2])
+        most_likely = grpo.Sampling(24, temperature=0.0)
+        for ours, other in zip(*(s.generate(ids, 1, most_likely, 0) for s in (torch_sampler, sampler)), strict=True):
+            if ours.completion_ids != other.completion_ids:  # then two words were as likely, to rounding
+                pairs = zip(ours.completion_ids, other.completion_ids, strict=False)
+                i = next(i for i, (a, b) in enumerate(pairs) if a != b)
+                assert abs(ours.logps[i] - other.logps[i]) < 1e-3
+        assert largest_gap(model, sampler.generate(ids, 4, grpo.Sampling(24), seed=1)) < 1e-3
+
+    check(model, sampler)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + 0.05 * torch.randn_like(parameter))
+    sampler.sync()
+    check(model, sampler)
+    model.save_pretrained(tmp_path / "final")
+    tokenizer.save_pretrained(tmp_path / "final")
+    code = "import sys, vllm; llm = vllm.LLM(sys.argv[1], max_model_len=64, "
+    code += "gpu_memory_utilization=0.2, dtype='float32'); print('#', "
+    code += "llm.generate('The', vllm.SamplingParams(temperature=0, max_tokens=8))[0].outputs[0].token_ids)"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "final"], capture_output=True, text=True, env=environment
+    )
+    expected = model.generate(**tokenizer("The", return_tensors="pt"), max_new_tokens=8, do_sample=False)[0, 1:]
+    assert f"# {expected.tolist()}" in done.stdout, done.stderr[-2000:]
 
 
 # The start
