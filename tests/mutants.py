@@ -723,6 +723,7 @@ SPEED = [
 STOPPED = "harness/test_stopping.py::test_a_run_stops_at_strings_of_the_setting_or_of_the_task"
 TEMPLATES = "harness/test_templates.py::test_"
 PAYS = "tasks/test_sentences.py::test_what_each_rule_pays"
+SFT, SHOWN = "harness/test_sft.py::test_", "tasks/test_demonstrations.py::test_"
 
 SMALL_MODELS = [
     mutant("harness/test_stopping.py::test_only_ends_that_can_complete_a_string_are_decoded", "a last character is enough to stop",
@@ -748,6 +749,33 @@ SMALL_MODELS = [
     mutant(PAYS, "a filled-in example is one's own", "sentence_reward", "float(not copied)", "1.0"),
     mutant("harness/test_smollm2.py::test_another_package_is_refused_and_leaves_nothing", "any file is SmolLM2", "make",
            "check_hash(gguf)", "None"),
+    mutant(f"{TEMPLATES}worked_examples_are_earlier_turns_of_a_chat", "a problem is shown with its own answer", "with_worked_examples",
+           "pair[0] != prompt", "True"),
+    mutant(f"{TEMPLATES}worked_examples_are_earlier_turns_of_a_chat", "the answers that are shown lack the prefill", "worked_examples",
+           "getattr(task, 'prefill', '') + text", "text"),
+    mutant(f"{TEMPLATES}worked_examples_of_a_text_end_in_blank_lines_as_the_answer_does", "a worked example has the blank line that ends it",
+           "with_worked_examples", "BLANK_LINES.sub(chr(10), text)", "text"),
+    mutant(f"{TEMPLATES}worked_examples_of_a_text_end_in_blank_lines_as_the_answer_does", "a text's answer has no end",
+           "load", "config.few_shot and (not config.stop) and isinstance(prompt_of(task, problems[0].example), str)", "False"),
+    mutant(f"{TEMPLATES}worked_examples_of_a_text_end_in_blank_lines_as_the_answer_does", "stop strings that were set are replaced",
+           "load", "config.few_shot and (not config.stop) and isinstance(prompt_of(task, problems[0].example), str)", "config.few_shot"),
+    mutant(f"{SFT}a_step_is_the_mean_over_completion_tokens", "the mean of a microbatch and not of the step", "sft_step",
+           "sum(row.length for row in rows)", "sum(row.length for row in rows[:8])"),
+    mutant(f"{SFT}rows_are_the_tasks_demonstrations_behind_its_prompts", "the end is not taught", "draw_rows",
+           "run.tokenizer(text, add_special_tokens=False)['input_ids'] + end", "run.tokenizer(text, add_special_tokens=False)['input_ids']"),
+    mutant(f"{SFT}settings_mean_what_they_mean_in_a_run", "the rate of SFT does not follow its schedule", "sft",
+           "optimizers.learning_rate(config, step)", "config.lr"),
+    mutant(f"{SFT}settings_mean_what_they_mean_in_a_run", "gradients of SFT are not clipped", "sft_step",
+           "run.accelerator.clip_grad_norm_(run.policy.parameters(), run.config.grad_clip)", "None"),
+    mutant(f"{SHOWN}parentheses_stand_where_they_are_needed", "a difference in a difference without parentheses", "combined",
+           "('+', '-') if operator == '-' else ()", "()"),
+    mutant(f"{SHOWN}a_countdown_search_is_true_and_has_dead_ends", "no dead ends are shown", "worked_solution", "rng.randint(0, dead_ends)", "0"),
+    mutant(f"{SHOWN}what_is_shown_is_paid_in_full_and_is_in_no_evaluation", "solutions of MATH without their answer", "Math.demonstration",
+           "math_example(row['problem'], gold_of(row))", "math_example(row['problem'], '-7')"),
+    mutant(f"{SHOWN}solutions_of_the_data_set_are_shown_as_they_are", "what is for a calculator is shown", "GSM8K.demonstration",
+           "COMPUTED.sub('', example['solution'])", "example['solution']"),
+    mutant("harness/test_evaluation.py::test_the_verdict_on_what_smollm2_was_tried_on", "a gain of a fifth is not enough", "verdict",
+           "gain >= 0.2", "gain >= 0.25"),
 ]  # fmt: skip
 
 MUTANTS = SMALL_MODELS + SPEED + PITFALLS + WIRING + FURTHER + SEAMS + ONE_PAGE + FIRST_MINUTES + MODELS + HOSTILE + VERIFIERS + SURVIVAL

@@ -31,6 +31,8 @@ SHOWS = (
     prefill = "<answer>"
     def asked(self, text):
         return ASKED
+    def eval(self):
+        return [{"n": n} for n in EVALUATED]
     def demonstration(self, rng):
         n = rng.randrange(1, 4)
         return {"n": n}, f"{n}\\n \\n{n + 1}"
@@ -88,7 +90,9 @@ def test_a_system_prompt_takes_the_place_of_the_tasks_own(prompt, prompts):
 
 
 CHAT = SHOWS.replace("ASKED", "[dict(role='system', content='7'), dict(role='user', content=text)]")
-PLAIN = SHOWS.replace("ASKED", "'<sos>' + text")
+EVERY = CHAT.replace("EVALUATED", "(1, 2, 3)")
+CHAT = CHAT.replace("EVALUATED", "[1]")
+PLAIN = SHOWS.replace("ASKED", "'<sos>' + text").replace("EVALUATED", "[1]")
 
 
 def test_worked_examples_are_earlier_turns_of_a_chat(prompts):
@@ -98,8 +102,8 @@ def test_worked_examples_are_earlier_turns_of_a_chat(prompts):
     (shown,) = prompts(source=CHAT, few_shot=1)
     assert shown in one and prompts(source=CHAT, few_shot=1) == {shown}
     assert yaml.safe_load((prompts.result["run"] / "config.yaml").read_text())["stop"] == []
-    (shown,) = prompts(source=CHAT, few_shot=2)
-    assert all(f"+2+{n}" in shown for n in (2, 3)) and shown.count("+1+1") == 1
+    each = prompts(source=EVERY, few_shot=2)
+    assert len(each) == 3 and all(text.count("+1+1") == text.count("+2+2") == text.count("+2+3") == 1 for text in each)
     assert prompts(source=CHAT, few_shot=1, system_prompt="3").pop().startswith("<sos>-3<sos>+2")
 
 
