@@ -24,7 +24,7 @@ FAILURES = {
     "clipped too much": ["--minibatches", "16", "--epochs", "4"],
     "cut off": ["--max_completion_tokens", "8"],
     "all cut off": ["--max_completion_tokens", "2"],
-    "length running away: the reward pays for it": ["--task", "benchmarks/leaky_task.py:PaysLength"],
+    "length running away: the reward pays for it": ["--task", "benchmarks/leaky_task.py:PaysLength", "--lr", "0.002"],
     "greedy in disguise: nothing varies": ["--temperature", "0.05"],
     "sampled from few tokens only": ["--top_k", "1"],
 }

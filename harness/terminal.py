@@ -198,5 +198,7 @@ def progress(config: Config, step: int, accelerator, started: float):
     """The `Progress` of a run that goes on from `step`; a signal lets the step be finished."""
     with finish_step_on_signal() as stop:
         shown = Progress(config, step, bool(config.steps and accelerator.is_main_process), stop, started)
-        yield shown
-    shown.bar.close()
+        try:
+            yield shown
+        finally:
+            shown.bar.close()  # what is said of an error begins a line of its own

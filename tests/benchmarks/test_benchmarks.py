@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 NO_PROGRAMS = {"leaky_task", "common", "shapes", "gpu_profile"}
 ONE_RUN = ["--steps", "1", "--jobs", "1"]
-# script: its arguments, in which OUT is the test's folder; and the files that it writes there
+# script: its arguments, in which OUT is the test's folder, and CHAT a chat model's; and the files that it writes there
 SMALLEST = {
     "against_trl": (["--tiny", "--pairs", "1", "--steps", "4", "--out", "OUT/a.md"], ["a.md"]),
     "arithmetic_seeds": (["--seeds", "0", "--steps", "1", "--out", "OUT/a.md"], ["a.md", "arithmetic_seed0.png"]),
@@ -47,6 +47,10 @@ SMALLEST = {
     ),
     "samplers": (["--tiny", "--out", "OUT/s.md"], ["s.md"]),
     "scaling": (["--tiny", "--out", "OUT/s.md"], ["s.md"]),
+    "smollm2": (
+        ["--tiny", "--model", "CHAT", "--arms", "strict", "--seeds", "0", "--out", "OUT"],
+        ["table.md", *(f"strict-seed0-{name}" for name in ("config.yaml", "answers.jsonl", "five.jsonl"))],
+    ),
     "step_time": (["--tiny", "--out", "OUT/s.md"], ["s.md"]),
     "tiers": ([*ONE_RUN, "--seeds", "0", "--tiers", "gradient checkpointing", "--out", "OUT/t.md"], ["t.md"]),
     "time_to_accuracy": (["--turns", "1", "--steps", "1", "--out", "OUT/t.md"], ["t.md"]),
@@ -150,13 +154,14 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 @pytest.mark.parametrize("script", sorted({path.stem for path in BENCHMARKS.glob("*.py")} - NO_PROGRAMS))
-def test_a_benchmark_runs(script, python, tmp_path):
+def test_a_benchmark_runs(script, python, tmp_path, qwen3_folder):
     assert script in SMALLEST, f"say in SMALLEST how benchmarks/{script}.py does the least work"
     if script in NEED_TRL and not TRL_IS_THERE:
         pytest.skip("TRL is not installed")
     arguments, files = SMALLEST[script]
     recorded = contents(BENCHMARKS / "results")
-    command = [python, f"benchmarks/{script}.py", *(word.replace("OUT", str(tmp_path)) for word in arguments)]
+    arguments = [word.replace("OUT", str(tmp_path)).replace("CHAT", qwen3_folder) for word in arguments]
+    command = [python, f"benchmarks/{script}.py", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | SETTINGS, capture_output=True, text=True)
     said = f"{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
     assert done.returncode == 0, said

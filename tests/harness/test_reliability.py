@@ -6,6 +6,8 @@ import os
 import re
 import resource
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -275,6 +277,16 @@ def test_a_diverged_model_is_told_in_one_line(model):
         next(model.parameters()).fill_(float("nan"))
     with pytest.raises(grpo.UsageError, match="logits are not numbers: it has diverged"):
         grpo.TorchSampler(model, [2]).generate([[1, 5]], 2, grpo.Sampling(4), seed=0)
+
+
+def test_an_error_on_the_way_begins_a_line_of_its_own(tmp_path):
+    """And not the one of the progress bar, where nobody looks for it."""
+    words = f"grpo.py --lr 1e30 --lr_schedule constant --steps 5 --minibatches 1 --runs {tmp_path} --eval_samples 1"
+    words += " --task_args.eval_size 2 --prompts_per_step 4"
+    done = subprocess.run([sys.executable, *words.split()], capture_output=True, text=True)
+    assert done.returncode == 1 and "has diverged" in done.stderr
+    assert re.split("[\r\n]", done.stderr.strip())[-1].startswith("error: "), done.stderr[-500:]
+    assert "step/s" in done.stderr, "there was a bar"
 
 
 HEALTHY = dict(step=1, zero_advantage_groups=0.5, truncated=0.1, kl_ref=0.1, sampler_logp_gap=1e-4)
