@@ -10,7 +10,7 @@ completion, all have the largest length. `ragged`: so many tokens end one that i
 the shipped small model with 2 heads of 32 in the place of 4 of 16, which vLLM's kernels for CPUs do not take; `SmolLM2`
 is the real one, on 8 prompts of the task `sentences`, with its own ends; the others are Qwen2s. Each sampler has a
 process of its own, with as many threads as the others; they take turns, after a ragged call each as a warm-up. A
-figure is the median over the turns, in brackets the smallest and the largest; the ratio is that of neighbours. `peak
+figure is the median over the turns, in brackets the smallest and the largest; a ratio is within a turn. `peak
 GB` is of the whole process. `sync` is what new weights for vLLM take after each update; the others have the trainer's.
 """
 

@@ -78,8 +78,8 @@ def show(out: Path) -> None:
             lines.append([rule, seed, settings["precision"], row["step"], *cells])
     heads = f"rule | seed | precision | after step | {' | '.join(COLUMNS)} | words of one | five words | seconds"
     about = (
-        f"{origin('`python benchmarks/smollm2.py`,')} In percent, of 64 problems with words that are in no training, "
-        "and four samples each: `listed` and `copied` are shares of the samples. `five words`: sampled answers that are "
+        f"{origin('`python benchmarks/smollm2.py`,')} In percent, of 64 problems whose words are in no training, and "
+        "four samples each: `listed` and `copied` are shares of the samples. `five words`: sampled answers that are "
         "right before → after, by the same rule. Seconds are those of the 20 steps."
     )
     write(out / "table.md", about, table(heads, lines))

@@ -20,8 +20,8 @@ from tasks import REWARD_KEYS
 RESERVED = frozenset(
     """step n prompt prompt_id completion advantage penalty length length_correct length_wrong truncated tokens
     accuracy accuracy_low accuracy_high accuracy_sampled accuracy_sampled_low accuracy_sampled_high
-    accuracy_worked sampled_correct pass_at_k pass_at_group reward_std zero_advantage_groups reflections loss
-    kl_ref kl_coef entropy grad_norm lr clipped_low clipped_high ratio_max sampler_kl sampler_logp_gap
+    accuracy_worked sampled_correct pass_at_k pass_at_group graded_groups reward_std zero_advantage_groups
+    reflections loss kl_ref kl_coef entropy grad_norm lr clipped_low clipped_high ratio_max sampler_kl sampler_logp_gap
     skipped_updates nonfinite_updates prompts_too_long resampled_groups tokens_per_second seconds_sample
     seconds_train seconds_sync peak_memory""".split()
 )
@@ -35,6 +35,15 @@ def groups_of(rollouts: list, group_size: int) -> list[list]:
 def equal_rewards(group: list) -> bool:
     """Whether all rewards of the group, before any penalty, are equal: no answer is better than another."""
     return len({r.reward for r in group}) == 1
+
+
+def is_graded(group: list) -> bool:
+    """Whether partial credit tells answers apart: two wrong ones, in equally good form, have different rewards."""
+    wrong: dict[float, set] = {}
+    for r in group:
+        if r.parts["correct"] != 1:
+            wrong.setdefault(r.parts["format"], set()).add(r.reward)
+    return any(len(rewards) > 1 for rewards in wrong.values())
 
 
 def rollout_metrics(rollouts: list, config: Config) -> dict[str, float | None]:

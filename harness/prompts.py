@@ -102,7 +102,7 @@ def demonstration(task, rng: random.Random) -> tuple[dict, str]:
     return example, text
 
 
-WORKED: dict = {}  # by the task's id, since a task need not be hashable; it is kept along, so that the id stays its own
+WORKED: dict = {}  # by the task's id, since a task need not be hashable; it is stored too, so that no other gets the id
 
 
 def worked_examples(task, count: int) -> list[tuple[str | list[dict], str]]:
@@ -125,7 +125,7 @@ def with_worked_examples(task, prompt: str | list[dict], count: int) -> str | li
     """The prompt behind `count` other problems and their right answers: as earlier turns, or with blank lines between.
 
     Raises:
-        UsageError: the task has not so many.
+        UsageError: the task does not have that many.
     """
     shown = [pair for pair in worked_examples(task, count + 1) if pair[0] != prompt][:count]
     if len(shown) < count:
@@ -134,6 +134,14 @@ def with_worked_examples(task, prompt: str | list[dict], count: int) -> str | li
         return "".join(f"{asked}{BLANK_LINES.sub(chr(10), text)}\n\n" for asked, text in shown) + prompt
     turns = [turn for asked, text in shown for turn in (asked[-1], {"role": "assistant", "content": text})]
     return [*prompt[:-1], *turns, prompt[-1]]
+
+
+def ids_of(tokenizer, text: str, **more) -> list[int]:
+    """The text's token ids. Raises UsageError for a text that the tokenizer has no tokens for."""
+    try:
+        return tokenizer(text, **more)["input_ids"]
+    except Exception as error:  # of the tokenizers library, a bare Exception
+        raise UsageError(f"this model's tokenizer cannot read {shortened(text)}: {in_a_line(error)}") from error
 
 
 def encode_prompt(tokenizer, task, example: dict, config: Config | None = None) -> tuple[str, list[int], str]:
@@ -156,7 +164,14 @@ def encode_prompt(tokenizer, task, example: dict, config: Config | None = None) 
             )
         if system:
             prompt = [{"role": "system", "content": system}, *prompt[prompt[0]["role"] == "system" :]]
+        answers = [m["content"] for m in prompt if m["role"] == "assistant"]
         prompt = render(tokenizer, prompt, add_generation_prompt=True, **more)
+        if config and config.few_shot and not all(text.strip() in prompt for text in answers):
+            raise UsageError(
+                "few_shot: this model's chat template leaves out parts of earlier answers (some drop the thinking): "
+                "the model would see another form than the one that is paid. Take a prompt_template of text, if the "
+                "task has one, another --chat_template, or python -m harness.sft"
+            )
         if prompt.rstrip().endswith("<think>"):
             opened, prefill = prompt[prompt.rindex("<think>") :], prefill.replace("<think>", "")
     elif system or more:
@@ -164,7 +179,7 @@ def encode_prompt(tokenizer, task, example: dict, config: Config | None = None) 
         raise UsageError(f"{given} is for tasks that give chat messages: {type(task).__name__}.prompt() gives text")
     prompt += prefill
     # a chat template writes the special tokens itself; plain text gets those that the tokenizer always adds
-    ids = tokenizer(prompt, add_special_tokens=not in_chat)["input_ids"]
+    ids = ids_of(tokenizer, prompt, add_special_tokens=not in_chat)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if not in_chat and ids[:2] == [bos, bos]:  # the text has its own
         ids = ids[1:]

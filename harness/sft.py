@@ -3,14 +3,16 @@
     python -m harness.sft --output FOLDER --config FILE ... [--SETTING VALUE ...]
 
 The settings are grpo.py's: those of the model, the task, the prompt, the optimizer and the memory mean what they mean
-there. A step is as many rows as one of GRPO's, prompts_per_step * group_size, each another problem. Reinforcement
-learning finds nothing in a model that is never right. What is shown here is right, but not yet the model's own: a
-few minutes are enough.
+there. A step takes as many rows as one of GRPO's, prompts_per_step * group_size, and draws a problem for each.
+Reinforcement learning cannot start from a model that is never right. A few minutes on worked examples teach it the
+form; GRPO does the rest.
 
 The loss is the mean of -log p over the tokens of the completions, the end-of-sequence token among them.
 """
 
+import math
 import random
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -47,23 +49,39 @@ if __name__ == "__main__":
     check_arguments(settings)
 
 import transformers
+from safetensors import SafetensorError
 from tqdm import tqdm
 
-from grpo import Policy, completion_mask
-from harness import loading, optimizers, parallel, prompts, terminal
+from grpo import Policy, TorchSampler, completion_mask
+from harness import loading, optimizers, parallel, prompts, streams, terminal
 from harness.batching import own_microbatches, policy_inputs
+from harness.model_checks import check_model
 from harness.run_folder import whole_weights
+
+BLANK_LINE = "\n\n"
+
+
+def end_of(run, example: dict) -> int:
+    """The token that ends an answer: in a chat that of the turn, in a text that of the sequence."""
+    turn_end = None if isinstance(prompts.prompt_of(run.task, example), str) else loading.end_of_turn(run.tokenizer)
+    for end in (turn_end, run.tokenizer.eos_token_id):
+        if end in run.eos_ids:
+            return end
+    return run.eos_ids[0]
 
 
 def draw_rows(run, step: int) -> tuple[list[Sample], int]:
     """The rows of a step, and how many were too long and drawn again; the step's number seeds the draw."""
     config, rng = run.config, random.Random(f"{run.config.seed}/{step}/sft")
     rows, too_long, n = [], 0, config.prompts_per_step * config.group_size
-    end = [run.tokenizer.eos_token_id if run.tokenizer.eos_token_id in run.eos_ids else run.eos_ids[0]]
     while len(rows) < n:
         example, text = prompts.demonstration(run.task, rng)
-        _, prompt_ids, _ = prompts.encode_prompt(run.tokenizer, run.task, example, config)
-        ids = run.tokenizer(text, add_special_tokens=False)["input_ids"] + end
+        _, prompt_ids, begun = prompts.encode_prompt(run.tokenizer, run.task, example, config)
+        if "<think>" in begun:
+            text = text.replace("<think>", "", 1)  # which the prompt has opened
+        if BLANK_LINE in config.stop:
+            text = prompts.BLANK_LINES.sub("\n", text)  # as in the prompt, where a blank line ends an answer
+        ids = prompts.ids_of(run.tokenizer, text, add_special_tokens=False) + [end_of(run, example)]
         if len(prompt_ids) <= config.max_prompt_tokens and len(ids) <= config.max_completion_tokens:
             rows.append(Sample(prompt_ids, ids, [0.0] * len(ids), truncated=False))
         elif (too_long := too_long + 1) > 100 * n:
@@ -88,7 +106,9 @@ def sft_step(run, rows: list[Sample]) -> float:
             (loss,) = loss_of(*run.policy(**inputs, loss_of=loss_of, entropy=False))
             run.accelerator.backward(loss * scale)
         found += loss.item() * bool(scale)
-    run.accelerator.clip_grad_norm_(run.policy.parameters(), run.config.grad_clip)
+    norm = float(run.accelerator.clip_grad_norm_(run.policy.parameters(), run.config.grad_clip))
+    if not math.isfinite(norm):
+        raise UsageError("the gradient is not finite: the model has diverged, and is not written. Lower lr")
     run.optimizer.step()
     run.optimizer.zero_grad()
     return sum(parallel.join([found]))
@@ -99,19 +119,29 @@ def save(run, folder: Path) -> None:
     weights = whole_weights(run.model, run.optimizer)
     if run.accelerator.is_main_process:
         partial = folder.with_name(f".{folder.name}.partial")
-        run.model.save_pretrained(partial, state_dict=weights)
-        run.tokenizer.save_pretrained(partial)
-        partial.rename(folder)
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            run.model.save_pretrained(partial, state_dict=weights)
+            run.tokenizer.save_pretrained(partial)
+            partial.rename(folder)
+        except (OSError, SafetensorError) as error:
+            raise UsageError(f"the model cannot be written to {folder}: {error}") from error
 
 
 def sft(config: Config, output: Path) -> list[float]:
-    """Trains for `steps` steps, or until Ctrl-C, and writes the model to `output`. Returns the loss of each step."""
+    """Trains for `steps` steps, or until Ctrl-C, and writes the model to `output`. Returns the loss of each step.
+
+    Raises:
+        UsageError: before the first step for whatever grpo.py refuses, and for a task that shows nothing; later if the
+            model diverges, or cannot be written.
+    """
     run, started, losses, tokens = loading.load(config), time.monotonic(), [], 0
     config = run.config
     rows, too_long = draw_rows(run, 1)
     if too_long:
         print(f"{too_long} of {too_long + len(rows)} demonstrations are too long, others take their places")
-    print(f"the first of them: {terminal.printable(run.tokenizer.decode(rows[0].completion_ids), 400)}")
+    print(f"the first demonstration: {terminal.printable(run.tokenizer.decode(rows[0].completion_ids), 400)}")
+    check_model(run, Policy, TorchSampler)
     policy = Policy(run.model)
     run.policy, run.optimizer = run.accelerator.prepare(
         policy, optimizers.make_optimizer(policy, config, run.accelerator)
@@ -120,19 +150,18 @@ def sft(config: Config, output: Path) -> list[float]:
     transformers.utils.logging.disable_progress_bar()  # of saving: it would break up our own
     with terminal.finish_step_on_signal() as stop:
         shown = run.accelerator.is_main_process
-        bar = tqdm(total=config.steps, unit="step", dynamic_ncols=True, disable=not shown)
-        for step in range(1, config.steps + 1):
-            for group in run.optimizer.param_groups:
-                group["lr"] = optimizers.learning_rate(config, step)
-            rows, _ = draw_rows(run, step)
-            losses.append(sft_step(run, rows))
-            tokens += sum(row.length for row in rows)
-            bar.update()
-            bar.set_postfix_str(f"loss {losses[-1]:.3f} nats a token")
-            if stop.is_set():
-                tqdm.write(f"stopped after step {step}: the model is written as it is now")
-                break
-        bar.close()
+        with tqdm(total=config.steps, unit="step", dynamic_ncols=True, disable=not shown) as bar:
+            for step in range(1, config.steps + 1):
+                for group in run.optimizer.param_groups:
+                    group["lr"] = optimizers.learning_rate(config, step)
+                rows = rows if step == 1 else draw_rows(run, step)[0]
+                losses.append(sft_step(run, rows))
+                tokens += sum(row.length for row in rows)
+                bar.update()
+                bar.set_postfix_str(f"loss {losses[-1]:.3f} nats a token")
+                if parallel.any_process(stop.is_set() or streams.LOST.is_set()):
+                    tqdm.write(f"stopped after step {step}: the model is written as it is now")
+                    break
     save(run, output)
     print(
         f"{time.monotonic() - started:.0f} s, {len(losses)} steps, {tokens:,} tokens, loss {losses[0]:.3f} -> "
@@ -144,7 +173,8 @@ def sft(config: Config, output: Path) -> list[float]:
 def main(argv: list[str] | None = None) -> None:
     with errors_as_lines():
         config, output, _ = parse_arguments(sys.argv[1:] if argv is None else argv)
-        sft(config, output)
+        losses = sft(config, output)
+    sys.exit(0 if len(losses) == config.steps else 130)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,12 @@ NOT_WHOLE = "\ufffd"  # what bytes decode to that are only a part of a character
 
 
 def up_to_stop(text: str, stops: tuple[str, ...]) -> str:
-    """The text, to the end of the string that is complete in it first."""
-    ends = [text.index(stop) + len(stop) for stop in stops if stop in text]
-    return text[: min(ends)] if ends else text
+    """The text, to the end of the string that is complete in it first; a string of white space is not part of it."""
+    found = [(text.index(stop) + len(stop), stop) for stop in stops if stop in text]
+    if not found:
+        return text
+    end, stop = min(found)
+    return text[: end - len(stop) * stop.isspace()]
 
 
 @cache

@@ -113,10 +113,9 @@ class Math:
     def demonstration(self, rng: random.Random) -> tuple[dict, str]:
         """A training problem with the data set's own solution, in the form that is paid."""
         row = self.rows[rng.randrange(len(self.rows))]
-        thought = f"<think>{row['solution'].strip()}</think>"
-        return math_example(row["problem"], gold_of(row)), (
-            f"{' ' if self.template else ''}{thought}\n<answer>${gold_of(row)}$</answer>"
-        )
+        example = math_example(row["problem"], gold_of(row))
+        text = f"<think>{row['solution'].strip()}</think>\n<answer>${example['answer']}$</answer>"
+        return example, f"{' ' if self.template else ''}{text}"
 
     def typed(self, text: str) -> dict:
         """`What is ...? #### \\frac{1}{2}` as a problem."""

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 6. Reward hacking
-# A verifier that is a little too generous, a policy that finds out, and you repair the verifier. About 30 minutes, two
-# training runs.
+# A verifier that is a little too generous, a policy that finds out, and you repair the verifier. Then the same with
+# sentences of a language model. About 45 minutes, two training runs.
 # %%
 import os
 import sys
@@ -18,12 +18,14 @@ ROOT = next(p for p in here if (p / "grpo.py").exists())
 sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "notebooks")) if p not in sys.path]
 
 import inspect
+import json
 
 from harness import loading
 from harness.command_line import PRESET, parse_config
 from IPython.display import clear_output, display
 from mathformer import ArithmeticTask
 from mathformer.task import COMPLETION  # the pattern (<scratchpad>steps)?<answer>answer, for your answer
+from tasks.sentences import sentence_reward, words_of
 
 # %%
 import experiments
@@ -126,3 +128,71 @@ figure = viz.curves(anywhere, ["reward", "correct", "length"])
 #
 # Answer: Reading rollouts; a length that runs to the cap; and a strict measure that is not trained on (`correct` here,
 # which `grpo.py` logs beside the reward).
+# %% [markdown]
+# ## A language model does it, too
+# SmolLM2, with 135 million parameters, was asked for "one short sentence with the words ice, town and cheese", and paid
+# for each word. That took eight minutes on two CPU cores (docs/smollm2.md); here its most likely answers are read, to
+# three of 64 problems whose words were in no training.
+# %%
+def answers(rule, step):
+    file = ROOT / "benchmarks" / "results" / "smollm2" / f"{rule}-seed0-answers.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return [(row["completion"], row["ground_truth"].split(", ")) for row in rows if row["step"] == step]
+
+
+def read(rule):
+    for step in (0, 10, 20):
+        print(f"after {step} steps" if step else "before")
+        for text, words in answers(rule, step)[:3]:
+            print(f"   {', '.join(words):24} {text.strip()}")
+
+
+read("words")
+# %% [markdown]
+# At the end all are right, as the reward has it. Nobody said that a sentence should mean something. Make the reward
+# stricter, so that it pays the honest sentences below and not those. There is no check, and no answer is the right one.
+# %%
+def my_reward(text, words):
+    """1 for a sentence that you would have wanted, else 0. This is the reward that was paid: change it."""
+    found = words_of(text)
+    return float(all(word in found for word in words))
+
+
+# %%
+HONEST = [
+    ("The farmer left his coat in the church.", ["farmer", "coat", "church"]),
+    ("My sister fell asleep on the train with a book in her hand.", ["sister", "train", "book"]),
+    ("Rain came through the roof and ruined our piano.", ["rain", "roof", "piano"]),
+    ("He gave the dog a bone behind the kitchen door.", ["dog", "bone", "door"]),
+]
+
+
+def share_paid(reward, pairs):
+    return sum(reward(text, words) for text, words in pairs) / len(pairs)
+
+
+def rule(name):
+    return lambda text, words: sentence_reward(text, {"words": words}, name)["correct"]
+
+
+REWARDS = {"yours": my_reward} | {name: rule(name) for name in ("words", "strict", "own")}
+WRITTEN = {"honest sentences": HONEST, "before": answers("words", 0)}
+WRITTEN |= {f"trained by `{name}`": answers(name, 20) for name in ("words", "strict", "own")}
+print(f"{'paid by:':20}", *(f"{name:>7}" for name in REWARDS))
+for what, pairs in WRITTEN.items():
+    print(f"{what:20}", *(f"{share_paid(reward, pairs):7.2f}" for reward in REWARDS.values()))
+# %% [markdown]
+# `strict` also asks for 6 to 16 words, each given word once, and two words or more between them. Trained by that rule,
+# with one worked example in the prompt ("The painter left a ladder in the barn."), it writes:
+# %%
+read("strict")
+# %% [markdown]
+# `own` pays for no sentence that is a worked example with other words filled in. Predict first: what comes next?
+# %%
+read("own")
+# %% [markdown]
+# Explain: why does each rule only move the problem, and what would end it?
+#
+# Answer: The policy looks for the cheapest text that is paid, and a program can only say what it measures. Rules close
+# one hole each. What helps is what is harder to fool: another model as the judge, a reward for a group whose answers
+# differ, a KL penalty that holds the policy near a model of language, and reading what it writes.

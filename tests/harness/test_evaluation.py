@@ -14,7 +14,7 @@ from conftest import is_close
 import grpo
 from harness import parallel
 from harness.evaluation import clustered_interval, evaluate, pass_at_k, verdict, wilson_interval
-from harness.metrics import part_means, rollout_metrics
+from harness.metrics import is_graded, part_means, rollout_metrics
 from harness.prompts import Problem, draw_prompts, encode_prompt, judge
 from harness.settings import Sample
 
@@ -103,6 +103,21 @@ class FakeSampler:
         return rollouts
 
 
+@pytest.mark.parametrize(
+    "answers, graded",
+    [
+        ([(0, 1, 0.1), (0, 1, 0.1), (1, 1, 1.0), (0, 0, 0.0)], False),  # right, form and none: no partial credit
+        ([(0, 1, 0.1), (0, 1, 0.3), (1, 1, 1.0)], True),
+        ([(1, 1, 1.0), (1, 1, 1.2), (0, 1, 0.1)], False),  # right ones may differ: nothing leads to them
+        ([(0, 0, 0.0), (0, 0, 0.2)], True),
+        ([(0, 0.5, 0.5), (0, 1, 1.0)], False),
+    ],
+)
+def test_a_graded_group_has_wrong_answers_of_different_worth(answers, graded):
+    group = [SimpleNamespace(parts=dict(correct=c, format=f), reward=r) for c, f, r in answers]
+    assert is_graded(group) == graded
+
+
 def test_evaluate_by_hand(tokenizer, make_config):
     task, config = FakeTask(), make_config(eval_samples=4)
     problems = [Problem(e, *encode_prompt(tokenizer, task, e)) for e in task.eval()]
@@ -116,7 +131,7 @@ def test_evaluate_by_hand(tokenizer, make_config):
     assert is_close(row["accuracy_sampled"], (1 + 9 * 0.5) / 10)
     assert row["pass_at_k"].keys() == {"1", "2", "4"}
     assert is_close(row["pass_at_k"]["2"], (1 + 9 * (1 - 1 / 6)) / 10) and row["pass_at_k"]["4"] == 1
-    assert is_close(row["zero_advantage_groups"], 0.1)
+    assert is_close(row["zero_advantage_groups"], 0.1) and row["graded_groups"] == 0
     assert is_close(row["length"], (4 * 3 + 9 * 8) / 40) and is_close(row["truncated"], 18 / 40)
     assert row["shout"] == 2 and is_close(row["reward"], row["accuracy_sampled"]), "of the samples"
     odd = evaluate(complete, task, problems, make_config(eval_samples=6), step=3)[0]
@@ -124,8 +139,9 @@ def test_evaluate_by_hand(tokenizer, make_config):
     assert [d["correct"] for d in details] == greedy and details[0]["sampled_correct"] == 1
 
 
-def verdict_row(dead, pass_1, pass_8, truncated=0.0, format=1.0):
-    return dict(zero_advantage_groups=dead, pass_at_k={"1": pass_1, "8": pass_8}, truncated=truncated, format=format)
+def verdict_row(dead, pass_1, pass_8, truncated=0.0, format=1.0, graded=0.0):
+    row = dict(zero_advantage_groups=dead, pass_at_k={"1": pass_1, "8": pass_8}, truncated=truncated, format=format)
+    return row | dict(graded_groups=graded)
 
 
 @pytest.mark.parametrize(
@@ -142,6 +158,12 @@ def verdict_row(dead, pass_1, pass_8, truncated=0.0, format=1.0):
         (verdict_row(0.3, 0.3, 0.7, format=0.1), "yes"),
         (verdict_row(0.3, 0.3, 0.7, format=0.1), "10% have the right form"),
         (verdict_row(0.3, 0.3, 0.7, format=0.01), "unlikely"),
+        (verdict_row(0.3, 0.8, 0.95), "perhaps, slowly; harder problems leave more to learn"),
+        # SmolLM2 on sentences by the strict rule, which then learned; the same without partial credit; nearly solved
+        (verdict_row(0.02, 0.03, 0.09, graded=0.9), "perhaps, if partial credit leads there: few answers are right"),
+        (verdict_row(0.02, 0.03, 0.09, graded=0.3), "unlikely"),
+        (verdict_row(0.6, 0.03, 0.09, graded=0.9), "unlikely"),
+        (verdict_row(0.02, 0.88, 0.94, graded=0.9), "unlikely"),
         (verdict_row(0.9, 0.05, 0.3), "unlikely"),
         (verdict_row(0.6, 0.3, 0.35), "unlikely"),
         (dict(verdict_row(1.0, 0.3, 0.3), pass_at_k={"1": 0.3}), "eval_samples of 4 or more"),
@@ -166,7 +188,7 @@ def test_verdict(row, said):
         (0.10, 0.02, 0.11, 0.31, "unlikely"),
         (0.98, 0.00, 0.00, 0.90, "unlikely"),
         # between: sums of three or four terms, the largest of four numbers
-        (0.20, 0.02, 0.14, 0.90, "perhaps, slowly; few_shot or harness.sft shows it how"),
+        (0.20, 0.02, 0.14, 0.90, "perhaps, slowly; few_shot or harness.sft can show it how to answer"),
         (0.55, 0.20, 0.48, 0.90, "perhaps, slowly; a larger group_size leaves fewer dead groups"),
     ],
 )

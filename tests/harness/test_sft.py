@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import PRETRAINED
+from architectures import tiny_model
+from conftest import PRETRAINED, byte_tokenizer
 
 import grpo
 from harness import loading, optimizers, sft
@@ -87,7 +88,7 @@ def test_rows_are_the_tasks_demonstrations_behind_its_prompts(loaded):
 
 def test_settings_mean_what_they_mean_in_a_run(tmp_path, monkeypatch):
     """Rate and schedule, clipping, seed, rows of a step, and the number of steps."""
-    seen, made = [], optimizers.make_optimizer
+    seen = []
     step = torch.optim.AdamW.step
 
     def watched(self, *args):
@@ -96,7 +97,6 @@ def test_settings_mean_what_they_mean_in_a_run(tmp_path, monkeypatch):
         return step(self, *args)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
-    monkeypatch.setattr(optimizers, "make_optimizer", lambda *args: made(*args))
     words = [*SMALL, "--steps", "4", "--lr_schedule", "linear", "--warmup_steps", "2", "--grad_clip", "0.01"]
     config = grpo.parse_config(words)
     losses = sft.sft(config, tmp_path / "one")
@@ -125,6 +125,76 @@ def test_a_chat_model_learns_its_turns_end(qwen3_folder, tmp_path):
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
 
 
+def chat_folder(tmp_path, template: str) -> str:
+    """A model with two ends: <eos>, and <pad>, with which its template ends a turn."""
+    tokenizer, model = byte_tokenizer(), tiny_model("llama")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path / "chat")
+    model.save_pretrained(tmp_path / "chat")
+    return str(tmp_path / "chat")
+
+
+LENGTHS = ["--max_prompt_tokens", "200", "--max_completion_tokens", "50"]
+ENDS_TURNS = "{% for m in messages %}{{ m.content }}<pad>{% endfor %}{% if add_generation_prompt %}OPEN{% endif %}"
+SHOWS_LINES = """
+from tasks.sentences import Sentences
+
+class Lines(Sentences):
+    def prompt(self, example):
+        return PROMPT
+    def demonstration(self, rng):
+        return {"words": [str(rng.random())]}, "<think>a\\n \\nb</think>c"
+"""
+
+
+@pytest.mark.parametrize(
+    "prompt, more, learned",
+    [
+        ("'Q' + example['words'][0]", [], "<think>a\n \nb</think>c<eos>"),
+        ("'Q' + example['words'][0]", ["--few_shot", "1"], "<think>a\nb</think>c<eos>"),  # as in the prompt
+        ("[dict(role='user', content='Q' + example['words'][0])]", [], "<think>a\n \nb</think>c<pad>"),
+        ("[dict(role='user', content='Q' + example['words'][0])]", ["OPEN"], "a\n \nb</think>c<pad>"),
+    ],
+)
+def test_what_is_learned_is_what_a_run_pays(prompt, more, learned, tmp_path):
+    """The turn's own end in a chat; no <think> where the template opens it; no blank line where that ends an answer."""
+    (tmp_path / "lines.py").write_text(SHOWS_LINES.replace("PROMPT", prompt))
+    opened = "<think>" if "OPEN" in more else ""
+    words = [
+        "--model",
+        chat_folder(tmp_path, ENDS_TURNS.replace("OPEN", opened)),
+        "--task",
+        f"{tmp_path}/lines.py:Lines",
+    ]
+    run = loading.load(
+        grpo.parse_config([*words, "--prompts_per_step", "1", *LENGTHS, *(w for w in more if w != "OPEN")])
+    )
+    for row in sft.draw_rows(run, 1)[0]:
+        assert run.tokenizer.decode(row.completion_ids) == learned
+        assert row.completion_ids[-1] in run.eos_ids
+
+
+def test_a_model_that_diverges_is_not_written(tmp_path):
+    words = [*SMALL, "--lr", "1e30", "--lr_schedule", "constant", "--steps", "5"]
+    with pytest.raises(grpo.UsageError, match="has diverged, and is not written. Lower lr"):
+        sft.sft(grpo.parse_config(words), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_grpo_refuses_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sft, "check_model", lambda run, policy, sampler: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sft.sft(grpo.parse_config(SMALL), tmp_path / "out")
+
+
+def test_a_folder_that_cannot_be_written_at_the_end_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()  # somebody made it meanwhile
+    with pytest.raises(grpo.UsageError, match="the model cannot be written to .*out"):
+        sft.sft(grpo.parse_config([*SMALL, "--steps", "1"]), tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+
+
 def test_a_signal_writes_the_model_as_it_is(tmp_path):
     line = [sys.executable, "-u", "-m", "harness.sft", *SMALL, "--steps", "100000", "--output", str(tmp_path / "out")]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -135,7 +205,7 @@ def test_a_signal_writes_the_model_as_it_is(tmp_path):
         seen += piece
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "the model is written as it is now" in said, said
+    assert process.returncode == 130 and "the model is written as it is now" in said, said
     assert loading.load_model(str(tmp_path / "out"))
 
 

@@ -43,6 +43,8 @@ def ids_of(tokenizer, text: str) -> list[int]:
         ("x END y STOP", ("STOP", "END"), "x END"),
         ("ab", ("b", "ab"), "ab"),
         ("", ("b",), ""),
+        ("a b\n\nQuestion", ("\n\n",), "a b"),  # white space is no part of the answer
+        ("a </answer>\n\n", ("\n\n", "</answer>"), "a </answer>"),
     ],
 )
 def test_text_behind_the_first_stop_is_cut_off(text, stops, kept):

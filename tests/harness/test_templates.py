@@ -116,6 +116,22 @@ def test_worked_examples_of_a_text_end_in_blank_lines_as_the_answer_does(stop, k
     assert yaml.safe_load((prompts.result["run"] / "config.yaml").read_text())["stop"] == kept
 
 
+def test_a_template_that_drops_the_thinking_of_earlier_turns_shows_no_examples(prompts):
+    """As those of Qwen3 and DeepSeek's R1 models do: what would be shown is not what is paid."""
+    thinks = CHAT.replace('f"{n}', 'f"<think>{n}</think>{n}')
+    drops = TEMPLATE.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
+    assert "</think>" in prompts(source=thinks, few_shot=1).pop()
+    with pytest.raises(grpo.UsageError, match="leaves out parts of earlier answers"):
+        prompts(source=thinks, few_shot=1, template=drops)
+
+
+def test_a_text_that_the_tokenizer_has_no_tokens_for_is_one_line():
+    """The small model's has none for a line break, which stands between worked examples."""
+    config = grpo.parse_config(["--few_shot", "2", "--steps", "0"])
+    with pytest.raises(grpo.UsageError, match="this model's tokenizer cannot read .*Missing"):
+        loading.load(config)
+
+
 @pytest.mark.parametrize(
     "source, said",
     [
