@@ -4,6 +4,7 @@ Read them after you have tried.
 """
 
 import torch
+
 from grpo import completion_mask, dead_groups
 from harness.evaluation import pass_at_k  # noqa: F401 - the answer to an exercise
 from mathformer.task import COMPLETION, reduced

@@ -5,10 +5,11 @@ The answers are functions of grpo.py, or of answers.py where grpo.py has none of
 
 import math
 
-import grpo
 import torch
 
+import grpo
 from answers import COMPLETION, reduced
+
 
 # ==== Inputs: a list of (what it is, positional arguments, keyword arguments) =========================================
 

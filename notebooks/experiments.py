@@ -14,11 +14,11 @@ from statistics import fmean
 from tempfile import TemporaryDirectory
 
 import grpo
-from harness.command_line import PRESET, parse_config
-from harness.run_folder import RunFolder
-from harness.settings import Config
 from mathformer import ArithmeticTask
 from mathformer.task import is_true_equation
+from harness.run_folder import RunFolder
+from harness.command_line import PRESET, parse_config
+from harness.settings import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "benchmarks" / "results" / "workshop.jsonl"

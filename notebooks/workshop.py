@@ -2,11 +2,11 @@
 
 import copy
 
-import grpo
-import torch
-
 import answers
+import torch
 from exercises import EXERCISES, GENERATOR, NO_GRADIENT, SECOND_OUTPUT
+
+import grpo
 
 GUESSES: dict[str, float] = {}
 

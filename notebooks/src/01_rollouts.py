@@ -22,18 +22,18 @@ sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "notebooks")) if p not in sys.
 import math
 import re
 
+import torch
+import viz
+from IPython.display import HTML, display
+from matplotlib import pyplot as plt
+from workshop import check, compare, predict
+
 # %%
 import grpo
-import torch
 from harness import loading
 from harness.batching import pad, row_tokens
 from harness.command_line import PRESET, parse_config
-from IPython.display import HTML, display
-from matplotlib import pyplot as plt
 from tasks import load_task
-
-import viz
-from workshop import check, compare, predict
 
 
 # %% [markdown]

@@ -17,12 +17,12 @@ if REPOSITORY and not any((p / "grpo.py").exists() for p in here):
 ROOT = next(p for p in here if (p / "grpo.py").exists())
 sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "notebooks")) if p not in sys.path]
 
-# %%
-import grpo
 import torch
 from matplotlib import pyplot as plt
-
 from workshop import check, compare, predict
+
+# %%
+import grpo
 
 
 # %% [markdown]

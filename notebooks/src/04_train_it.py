@@ -19,18 +19,18 @@ sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "notebooks")) if p not in sys.
 
 import random
 
-import grpo
 import torch
-from harness import loading
-from harness.batching import microbatches, pad, policy_inputs
-from harness.metrics import rollout_metrics
+import viz
 from IPython.display import clear_output, display
-from tasks import load_task
+from workshop import check, compare, predict
 
 # %%
 import experiments
-import viz
-from workshop import check, compare, predict
+import grpo
+from harness import loading
+from harness.batching import microbatches, pad, policy_inputs
+from harness.metrics import rollout_metrics
+from tasks import load_task
 
 STEPS, SEED = 60, 0  # take another seed than your neighbour
 # %% [markdown]

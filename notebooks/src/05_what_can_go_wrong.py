@@ -19,22 +19,22 @@ sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "notebooks")) if p not in sys.
 
 import math
 
-import grpo
 import torch
 import torch.nn.functional as F
-from harness import loading
-from harness.command_line import PRESET, parse_config
-from harness.evaluation import pass_at_k
-from harness.prompts import draw_prompts
-from harness.settings import Sampling
+import viz
 from IPython.display import clear_output
 from matplotlib import pyplot as plt
-from tasks import load_task
+from workshop import compare, predict
 
 import experiments
-import viz
+import grpo
 from experiments import recorded
-from workshop import compare, predict
+from harness import loading
+from harness.evaluation import pass_at_k
+from harness.prompts import draw_prompts
+from harness.command_line import PRESET, parse_config
+from harness.settings import Sampling
+from tasks import load_task
 
 SEED = 0  # take another seed than your neighbour
 

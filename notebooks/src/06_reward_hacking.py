@@ -20,19 +20,19 @@ sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "notebooks")) if p not in sys.
 import inspect
 import json
 
-from harness import loading
-from harness.command_line import PRESET, parse_config
+import viz
 from IPython.display import clear_output, display
-from mathformer import ArithmeticTask
-from mathformer.task import COMPLETION  # the pattern (<scratchpad>steps)?<answer>answer, for your answer
-from tasks.sentences import sentence_reward, words_of
+from workshop import check, compare, predict
 
 # %%
 import experiments
-import viz
 from exercises import EXPLOITS, PROBLEM
 from experiments import recorded
-from workshop import check, compare, predict
+from mathformer import ArithmeticTask
+from mathformer.task import COMPLETION  # the pattern (<scratchpad>steps)?<answer>answer, for your answer
+from harness import loading
+from harness.command_line import PRESET, parse_config
+from tasks.sentences import SENTENCE, sentence_reward, words_of
 
 SEED = 0  # take another seed than your neighbour
 # %% [markdown]
@@ -131,11 +131,14 @@ figure = viz.curves(anywhere, ["reward", "correct", "length"])
 # %% [markdown]
 # ## A language model does it, too
 # SmolLM2, with 135 million parameters, was asked for "one short sentence with the words ice, town and cheese", and paid
-# for each word. That took eight minutes on two CPU cores (docs/smollm2.md); here its most likely answers are read, to
-# three of 64 problems whose words were in no training.
+# for each word. That took eight minutes on two CPU cores (docs/smollm2.md). Here you read its most likely answers to three
+# of 64 problems, whose words were in no training.
 # %%
+SEEDS = {"words": 2, "strict": 0, "own": 0}  # of the recorded runs
+
+
 def answers(rule, step):
-    file = ROOT / "benchmarks" / "results" / "smollm2" / f"{rule}-seed0-answers.jsonl"
+    file = ROOT / "benchmarks" / "results" / "smollm2" / f"{rule}-seed{SEEDS[rule]}-answers.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     return [(row["completion"], row["ground_truth"].split(", ")) for row in rows if row["step"] == step]
 
@@ -150,12 +153,12 @@ def read(rule):
 read("words")
 # %% [markdown]
 # At the end all are right, as the reward has it. Nobody said that a sentence should mean something. Make the reward
-# stricter, so that it pays the honest sentences below and not those. There is no check, and no answer is the right one.
+# stricter: it should pay the honest sentences below, and none of those above. There is no check, and no right answer.
 # %%
 def my_reward(text, words):
-    """1 for a sentence that you would have wanted, else 0. This is the reward that was paid: change it."""
-    found = words_of(text)
-    return float(all(word in found for word in words))
+    """1 for a sentence that you would have wanted, else 0. This is what was paid: change it."""
+    found, is_sentence = words_of(text), SENTENCE.fullmatch(text.strip())
+    return float(bool(is_sentence) and all(word in found for word in words))
 
 
 # %%
@@ -182,12 +185,15 @@ print(f"{'paid by:':20}", *(f"{name:>7}" for name in REWARDS))
 for what, pairs in WRITTEN.items():
     print(f"{what:20}", *(f"{share_paid(reward, pairs):7.2f}" for reward in REWARDS.values()))
 # %% [markdown]
+# A stricter rule refuses honest sentences, too: "the dog a bone" has only one word between the two that were given.
+#
 # `strict` also asks for 6 to 16 words, each given word once, and two words or more between them. Trained by that rule,
-# with one worked example in the prompt ("The painter left a ladder in the barn."), it writes:
+# with one worked example in the prompt ("The thunder was so loud that a lawyer missed his taxi."), it writes:
 # %%
 read("strict")
 # %% [markdown]
-# `own` pays for no sentence that is a worked example with other words filled in. Predict first: what comes next?
+# `own` was made for a model that filled other words into its worked example: it pays for no such sentence. What does
+# that change here?
 # %%
 read("own")
 # %% [markdown]

@@ -21,13 +21,13 @@ sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "notebooks")) if p not in sys.
 import json
 
 import transformers
-from harness import loading, memory
-from harness.command_line import parse_config
+import viz
 from IPython.display import display
 from matplotlib import pyplot as plt
-
-import viz
 from workshop import compare, predict
+
+from harness import loading, memory
+from harness.command_line import parse_config
 
 RUN = ROOT / "benchmarks" / "results" / "long_run"  # or the folder of a run of yours: ROOT / "runs" / ...
 
