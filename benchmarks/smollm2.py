@@ -95,7 +95,8 @@ def main() -> None:
         sys.exit(f"error: there is no model in {options.model}: python -m harness.smollm2 makes it")
     more = ["--precision", options.precision]
     if options.tiny:
-        more = "--prompts_per_step 1 --group_size 2 --max_completion_tokens 4 --eval_samples 1".split()
+        more = "--prompts_per_step 1 --group_size 2 --max_prompt_tokens 800 --max_completion_tokens 4".split()
+        more += ["--eval_samples", "1"]
     for run in options.keep:
         extract(run, options.out)
         five_words(options.model, run, options.out, more)

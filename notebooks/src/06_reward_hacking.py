@@ -19,6 +19,7 @@ sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "notebooks")) if p not in sys.
 
 import inspect
 import json
+from functools import partial
 
 import viz
 from IPython.display import clear_output, display
@@ -128,11 +129,16 @@ figure = viz.curves(anywhere, ["reward", "correct", "length"])
 #
 # Answer: Reading rollouts; a length that runs to the cap; and a strict measure that is not trained on (`correct` here,
 # which `grpo.py` logs beside the reward).
-# %% [markdown]
+#
 # ## A language model does it, too
-# SmolLM2, with 135 million parameters, was asked for "one short sentence with the words ice, town and cheese", and paid
-# for each word. That took eight minutes on two CPU cores (docs/smollm2.md). Here you read its most likely answers to three
-# of 64 problems, whose words were in no training.
+# SmolLM2, with 135 million parameters, was asked for "one short sentence with the words ice, town and cheese", and
+# paid for each word. That took eight minutes on two CPU cores (docs/smollm2.md). The cell below first shows its most
+# likely answers to three of 64 problems, whose words were in no training. At the end all are right, as the reward has
+# it. Nobody said that a sentence should mean something.
+#
+# Make the reward stricter: it should pay the honest sentences, and none of those. There is no check, and no right
+# answer. Beside yours are three rules that were tried. `strict` also asks for 6 to 16 words, each given word once,
+# and two words or more between them; `own` pays for no worked example with other words filled in.
 # %%
 SEEDS = {"words": 2, "strict": 0, "own": 0}  # of the recorded runs
 
@@ -145,60 +151,41 @@ def answers(rule, step):
 
 def read(rule):
     for step in (0, 10, 20):
-        print(f"after {step} steps" if step else "before")
+        print(f"rule `{rule}`,", f"after {step} steps" if step else "before")
         for text, words in answers(rule, step)[:3]:
             print(f"   {', '.join(words):24} {text.strip()}")
 
 
-read("words")
-# %% [markdown]
-# At the end all are right, as the reward has it. Nobody said that a sentence should mean something. Make the reward
-# stricter: it should pay the honest sentences below, and none of those above. There is no check, and no right answer.
-# %%
 def my_reward(text, words):
     """1 for a sentence that you would have wanted, else 0. This is what was paid: change it."""
     found, is_sentence = words_of(text), SENTENCE.fullmatch(text.strip())
     return float(bool(is_sentence) and all(word in found for word in words))
 
 
-# %%
 HONEST = [
     ("The farmer left his coat in the church.", ["farmer", "coat", "church"]),
     ("My sister fell asleep on the train with a book in her hand.", ["sister", "train", "book"]),
     ("Rain came through the roof and ruined our piano.", ["rain", "roof", "piano"]),
     ("He gave the dog a bone behind the kitchen door.", ["dog", "bone", "door"]),
 ]
-
-
-def share_paid(reward, pairs):
-    return sum(reward(text, words) for text, words in pairs) / len(pairs)
-
-
-def rule(name):
-    return lambda text, words: sentence_reward(text, {"words": words}, name)["correct"]
-
-
-REWARDS = {"yours": my_reward} | {name: rule(name) for name in ("words", "strict", "own")}
+read("words")
+RULES = {name: partial(sentence_reward, rule=name) for name in SEEDS}
 WRITTEN = {"honest sentences": HONEST, "before": answers("words", 0)}
-WRITTEN |= {f"trained by `{name}`": answers(name, 20) for name in ("words", "strict", "own")}
-print(f"{'paid by:':20}", *(f"{name:>7}" for name in REWARDS))
+WRITTEN |= {f"trained by `{name}`": answers(name, 20) for name in RULES}
+print(f"\n{'share paid by:':20}   yours", *(f"{name:>7}" for name in RULES))
 for what, pairs in WRITTEN.items():
-    print(f"{what:20}", *(f"{share_paid(reward, pairs):7.2f}" for reward in REWARDS.values()))
-# %% [markdown]
-# A stricter rule refuses honest sentences, too: "the dog a bone" has only one word between the two that were given.
-#
-# `strict` also asks for 6 to 16 words, each given word once, and two words or more between them. Trained by that rule,
-# with one worked example in the prompt ("The thunder was so loud that a lawyer missed his taxi."), it writes:
-# %%
+    shares = [sum(my_reward(text, words) for text, words in pairs) / len(pairs)]
+    for rule in RULES.values():
+        shares.append(sum(rule(text, {"words": words})["correct"] for text, words in pairs) / len(pairs))
+    print(f"{what:20}", *(f"{share:7.2f}" for share in shares))
+print()
 read("strict")
 # %% [markdown]
-# `own` was made for a model that filled other words into its worked example: it pays for no such sentence. What does
-# that change here?
-# %%
-read("own")
-# %% [markdown]
+# The model found the next cheapest thing. And the rule refuses an honest sentence: "the dog a bone" has only one word
+# between the two that were given. `own` was made for another hack and changes little: `read("own")`.
+#
 # Explain: why does each rule only move the problem, and what would end it?
 #
-# Answer: The policy looks for the cheapest text that is paid, and a program can only say what it measures. Rules close
-# one hole each. What helps is what is harder to fool: another model as the judge, a reward for a group whose answers
+# Answer: The policy looks for the cheapest text that is paid, and a program can only say what it measures. Each rule
+# closes one hole. What helps is what is harder to fool: another model as the judge, a reward for a group whose answers
 # differ, a KL penalty that holds the policy near a model of language, and reading what it writes.
