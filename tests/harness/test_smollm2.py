@@ -83,7 +83,7 @@ def test_a_step_on_each_built_in_task(task, smollm2_folder, tmp_path):
     """From the command line; final/ is a model for transformers, with the chat template and both ends."""
     for name, rows in {
         "QUESTIONS": [dict(question=f"What is {i} + {i}?", answer=f"It is {2 * i}. #### {2 * i}") for i in range(8)],
-        "MATH": [dict(problem=f"Find {i} + 1.", solution=rf"\boxed{{{i + 1}}}", answer=f"{i + 1}") for i in range(8)],
+        "MATH": [dict(problem=f"Find {i} + 1.", solution=rf"\boxed{{{i + 1}}}", level="Level 1") for i in range(8)],
         "MATH_EVAL": [dict(problem="Find 9 + 9.", solution=r"\boxed{18}", answer="18")],
     }.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -114,6 +114,14 @@ def test_its_reward_rises_within_five_steps(smollm2_folder, tmp_path):
     run = grpo.train(grpo.parse_config([*words.split(), "--runs", str(tmp_path), "--eval_samples", "1"]))["run"]
     rewards = [json.loads(line)["reward"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert sum(rewards[-2:]) / 2 > sum(rewards[:2]) / 2 + 0.1, rewards
+
+
+@pytest.mark.slow
+def test_the_recipe_ends_above_nine_in_ten(smollm2_folder, tmp_path):
+    """As it is: eight minutes on two cores."""
+    words = ["--config", "configs/smollm2-sentence.yaml", "--model", str(smollm2_folder), "--seed", "2"]
+    result = grpo.train(grpo.parse_config([*words, "--runs", str(tmp_path)]))
+    assert result["first"]["accuracy_sampled"] < 0.2 and result["last"]["accuracy_sampled"] > 0.9
 
 
 # What can go wrong before there is a model
