@@ -31,7 +31,7 @@ from harness.checkpoints import changed_settings
 from harness.files import local_name
 from harness.messages import stage
 from harness.model_checks import check_positions, switch_off_noise
-from harness.prompts import Problem, evaluation_problems, prompt_of
+from harness.prompts import BLANK_LINE, Problem, evaluation_problems, prompt_of
 from harness.run_folder import RunFolder
 from harness.settings import Config, UsageError
 from tasks import load_task
@@ -95,7 +95,7 @@ def load(config: Config) -> Run:
     use_template(tokenizer, config, of_checkpoint=bool(checkpoint))
     problems, eos_ids = evaluation_problems(task, tokenizer, config), find_eos(model, tokenizer)
     if config.few_shot and not config.stop and isinstance(prompt_of(task, problems[0].example), str):
-        config = replace(config, stop=["\n\n"])  # what ends the worked examples in a text, where no token can
+        config = replace(config, stop=[BLANK_LINE])
     source = local_name(name)
     return Run(config, accelerator, task, source, model, tokenizer, problems, eos_ids, sampler, folder, checkpoint)
 

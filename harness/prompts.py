@@ -19,7 +19,7 @@ from harness.terminal import printable
 from tasks import REWARD_KEYS, UsageError
 from tasks.foreign import in_a_line, plain, shortened
 
-BLANK_LINES = re.compile(r"\n\s*\n")
+BLANK_LINE = "\n\n"  # it ends a worked example in a text, and then the model's answer
 
 
 class Problem(NamedTuple):
@@ -102,6 +102,10 @@ def demonstration(task, rng: random.Random) -> tuple[dict, str]:
     return example, text
 
 
+def without_blank_lines(text: str) -> str:
+    return re.sub(r"\n\s*\n", "\n", text)
+
+
 WORKED: dict = {}  # by the task's id, since a task need not be hashable; it is stored too, so that no other gets the id
 
 
@@ -130,8 +134,8 @@ def with_worked_examples(task, prompt: str | list[dict], count: int) -> str | li
     shown = [pair for pair in worked_examples(task, count + 1) if pair[0] != prompt][:count]
     if len(shown) < count:
         raise UsageError(f"few_shot is {count}, and {type(task).__name__} has {len(shown)} other worked examples")
-    if isinstance(prompt, str):  # a blank line ends an answer: there is none inside of it
-        return "".join(f"{asked}{BLANK_LINES.sub(chr(10), text)}\n\n" for asked, text in shown) + prompt
+    if isinstance(prompt, str):
+        return "".join(asked + without_blank_lines(text) + BLANK_LINE for asked, text in shown) + prompt
     turns = [turn for asked, text in shown for turn in (asked[-1], {"role": "assistant", "content": text})]
     return [*prompt[:-1], *turns, prompt[-1]]
 

@@ -58,12 +58,11 @@ from harness.batching import own_microbatches, policy_inputs
 from harness.model_checks import check_model
 from harness.run_folder import whole_weights
 
-BLANK_LINE = "\n\n"
 
-
-def end_of(run, example: dict) -> int:
+def end_of_answer(run) -> int:
     """The token that ends an answer: in a chat that of the turn, in a text that of the sequence."""
-    turn_end = None if isinstance(prompts.prompt_of(run.task, example), str) else loading.end_of_turn(run.tokenizer)
+    is_text = isinstance(prompts.prompt_of(run.task, run.problems[0].example), str)
+    turn_end = None if is_text else loading.end_of_turn(run.tokenizer)
     for end in (turn_end, run.tokenizer.eos_token_id):
         if end in run.eos_ids:
             return end
@@ -73,15 +72,15 @@ def end_of(run, example: dict) -> int:
 def draw_rows(run, step: int) -> tuple[list[Sample], int]:
     """The rows of a step, and how many were too long and drawn again; the step's number seeds the draw."""
     config, rng = run.config, random.Random(f"{run.config.seed}/{step}/sft")
-    rows, too_long, n = [], 0, config.prompts_per_step * config.group_size
+    rows, too_long, n, end = [], 0, config.prompts_per_step * config.group_size, end_of_answer(run)
     while len(rows) < n:
         example, text = prompts.demonstration(run.task, rng)
         _, prompt_ids, begun = prompts.encode_prompt(run.tokenizer, run.task, example, config)
         if "<think>" in begun:
             text = text.replace("<think>", "", 1)  # which the prompt has opened
-        if BLANK_LINE in config.stop:
-            text = prompts.BLANK_LINES.sub("\n", text)  # as in the prompt, where a blank line ends an answer
-        ids = prompts.ids_of(run.tokenizer, text, add_special_tokens=False) + [end_of(run, example)]
+        if prompts.BLANK_LINE in config.stop:
+            text = prompts.without_blank_lines(text)  # one would end the answer in a run
+        ids = prompts.ids_of(run.tokenizer, text, add_special_tokens=False) + [end]
         if len(prompt_ids) <= config.max_prompt_tokens and len(ids) <= config.max_completion_tokens:
             rows.append(Sample(prompt_ids, ids, [0.0] * len(ids), truncated=False))
         elif (too_long := too_long + 1) > 100 * n:

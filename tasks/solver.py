@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Value(NamedTuple):
-    """A number, and how it is written: `text` stands beside an operator as it is, or needs parentheses around it."""
+    """A number and the expression that gives it; by the last operator, one knows where that needs parentheses."""
 
     number: int
     text: str
