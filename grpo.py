@@ -55,14 +55,15 @@ from torch.utils.checkpoint import checkpoint
 
 import variants
 from harness import evaluation, kv_cache, loading, memory, metrics, optimizers, parallel, terminal
+from harness.ahead import written_ahead
 from harness.batching import add_logps, own_microbatches, pad, policy_inputs
 from harness.fast_head import best_head
 from harness.model_checks import check_model, scaled_and_capped
 from harness.prompts import Problem, draw_prompts, judge_all, written_text
+from harness.proven_sampler import proven_sampler
 from harness.run_folder import RunFolder
 from harness.settings import Config, Sample, Sampling, UsageError  # noqa: F401
 from harness.stopping import completes
-from harness.vllm_sampler import proven_sampler
 
 # ==== 1. Sampling =================================================================================
 
@@ -75,6 +76,7 @@ class Rollout:
     completion_ids: list[int]  # with the end-of-sequence token, if the model wrote it
     logps: list[float]  # the sampler's log-prob of each completion token
     truncated: bool  # cut off at max_completion_tokens
+    age: int = 0  # in updates of the policy
     prompt: str = ""
     text: str = ""  # what the verifier judges: the completion, without the end-of-sequence token
     parts: dict = field(default_factory=dict)  # what the task's reward() returned
@@ -118,10 +120,10 @@ class TorchSampler:
         self.generator = torch.Generator(self.device)  # its own: nothing else changes what is drawn
 
     def sleep(self) -> None:
-        """Before each update. There is nothing to give back here."""
+        """Before each update. Nothing to give back here."""
 
     def sync(self) -> None:
-        """After each update. A copy of the trained model (with FSDP) has to follow."""
+        """After each update. A copy of the trained model has to follow."""
         if self.source is not self.model:
             parallel.copy_weights(self.source, self.model)
 
@@ -226,7 +228,7 @@ def collect(sampler, tokenizer, task, config: Config, step: int) -> tuple[list[R
     def draw(attempt: int, n: int) -> list[list[Rollout]]:
         """`n` groups. Step and attempt seed the draw, so that a resumed run repeats it."""
         problems, too_long = draw_prompts(task, tokenizer, config, step, attempt)
-        seed = config.seed * 1_000_003 + step + 500_009 * attempt
+        seed = config.step_seed(step, attempt)
         drawn = complete(sampler, tokenizer, task, problems[:n], G, config.sampling, seed)
         counts["prompts_too_long"] += too_long
         counts["step_tokens"] += sum(r.length for r in drawn)
@@ -540,7 +542,7 @@ def setup(config: Config) -> loading.Run:
     check_model(run, Policy, TorchSampler)
     policy = Policy(model, config.temperature, entropy_gradient=config.entropy_coef > 0)
     optimizer = optimizers.make_optimizer(policy, config, accelerator)
-    copied = parallel.samplable(model, accelerator) if run.sampler_name == "torch" else None
+    copied = parallel.samplable(run)
     run.policy, run.optimizer = accelerator.prepare(policy, optimizer)
     if run.sampler_name == "torch":
         rows, autocast = config.sample_rows, accelerator.autocast
@@ -556,6 +558,7 @@ def setup(config: Config) -> loading.Run:
     run.state = run.folder.resume(run.checkpoint, run.optimizer, parallel.engine(run.policy))
     run.folder.start(config, run.state["step"])
     terminal.announce(config, run)
+    run.sampler = written_ahead(run, config)
     return run
 
 

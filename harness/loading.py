@@ -314,8 +314,17 @@ def shard_on_cpu(accelerator: Accelerator, fsdp: FullyShardedDataParallelPlugin 
         state.deepspeed_plugins.select(_from_accelerator_state=True)
 
 
+def check_served(model_config) -> None:
+    """Raises UsageError for a model that is not one of vLLM's."""
+    if model_config.model_type == "mathformer":
+        raise UsageError("the small model (mathformer) is not served: take the torch sampler, or another model")
+
+
 def choose_sampler(config: Config, model_config, device: torch.device) -> str:
-    """`vllm` or `torch`, as the settings say; a UsageError if vLLM is asked for and cannot run here."""
+    """`vllm`, `torch` or `server`, as the settings say; a UsageError if it is asked for and cannot run here."""
+    if config.samples_with_servers:
+        check_served(model_config)
+        return "server"
     if config.sampler == "auto":
         # On a CPU torch is as fast or faster up to 121 M parameters (benchmarks/results/samplers.md), without a sync.
         # The small model may have experts, which vLLM's BLOOM has not.

@@ -21,9 +21,9 @@ RESERVED = frozenset(
     """step n prompt prompt_id completion advantage penalty length length_correct length_wrong truncated tokens
     accuracy accuracy_low accuracy_high accuracy_sampled accuracy_sampled_low accuracy_sampled_high
     accuracy_worked sampled_correct pass_at_k pass_at_group graded_groups reward_std zero_advantage_groups
-    reflections loss kl_ref kl_coef entropy grad_norm lr clipped_low clipped_high ratio_max sampler_kl sampler_logp_gap
-    skipped_updates nonfinite_updates prompts_too_long resampled_groups tokens_per_second seconds_sample
-    seconds_train seconds_sync peak_memory""".split()
+    reflections age loss kl_ref kl_coef entropy grad_norm lr clipped_low clipped_high ratio_max sampler_kl
+    sampler_logp_gap skipped_updates nonfinite_updates prompts_too_long resampled_groups tokens_per_second
+    seconds_sample seconds_train seconds_sync peak_memory""".split()
 )
 
 
@@ -63,6 +63,7 @@ def rollout_metrics(rollouts: list, config: Config) -> dict[str, float | None]:
         "length_correct": average(r.length for r in rollouts if r.parts["correct"]),
         "length_wrong": average(r.length for r in rollouts if not r.parts["correct"]),
         "truncated": average(r.truncated for r in rollouts),
+        "age": average(r.age for r in rollouts),
         "reflections": average(bool(reflection.search(r.text)) for r in rollouts),
     }
 
@@ -204,7 +205,7 @@ class Alarms:
          "every reward has timed out for 3 steps: is reward_seconds too short, or does reward() hang?"),
         (lambda row: (row["kl_ref"] or 0) > 1, 3,
          "the policy is far from the reference, kl_ref has been over 1 for 3 steps: lower lr, or raise kl_coef"),
-        (lambda row: (row["sampler_logp_gap"] or 0) > MAX_LOGP_GAP, 1,
+        (lambda row: (row["sampler_logp_gap"] or 0) > MAX_LOGP_GAP and not row["age"], 1,
          "the sampler's log-probs differ from the trainer's by more than rounding (sampler_logp_gap): are its weights "
          "stale? Try --sampler torch, or correct for it with --old_logps trainer --importance_cap 2"),
     )  # fmt: skip

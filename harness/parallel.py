@@ -77,9 +77,13 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
         p.copy_(weight)
 
 
-def samplable(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """A model that this process can sample from alone: a copy, where FSDP is going to spread `model` over processes."""
-    return copy.deepcopy(model).to(accelerator.device) if accelerator.is_fsdp2 else model
+def samplable(run) -> nn.Module:
+    """The model of a `loading.Run`, as this process alone can sample from it.
+
+    A copy, where FSDP is going to spread the model over processes, and where older weights are to sample.
+    """
+    needed = run.sampler_name == "torch" and (run.accelerator.is_fsdp2 or run.config.staleness)
+    return copy.deepcopy(run.model).to(run.accelerator.device) if needed else run.model
 
 
 def holds_gradients(accelerator: Accelerator, policy: nn.Module, last: bool):

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
@@ -52,6 +53,7 @@ class RunFolder:
 
     def __init__(self, path: Path, writes: bool = True):
         self.path, self.writes, self.engine = path, writes, None  # DeepSpeed's, which keeps the moments to itself
+        self.more_files: Callable[[], dict[str, str]] = dict  # what else is kept in checkpoints: names and texts
         self.evaluations: list[dict] = []  # the rows of eval.jsonl, once the run has started
         self.config: Config | None = None  # likewise; there is none in pretraining
         self.changed: dict[str, list] = {}  # settings that are not what it was trained with so far
@@ -182,10 +184,9 @@ class RunFolder:
         if self.writes:
             shutil.rmtree(partial, ignore_errors=True)
         weights, moments = whole_weights(model, optimizer), {} if self.engine else packed_moments(optimizer)
-        if self.engine:
-            self.engine.save_checkpoint(
-                partial / "deepspeed", tag="all"
-            )  # each process its part, and all wait for the last
+        more_files = self.more_files()
+        if self.engine:  # each process its part, and all wait for the last
+            self.engine.save_checkpoint(partial / "deepspeed", tag="all")
         if not self.writes:
             return
         with self.writing(whole.name):
@@ -193,6 +194,8 @@ class RunFolder:
             tokenizer.save_pretrained(partial)
             # a safetensors file, but not by its name: vLLM would take it for weights of the model
             save_file(moments, partial / "optimizer.state")
+            for name, text in more_files.items():
+                (partial / name).write_text(text, encoding="utf-8")
             state |= {"step": step, "checksums": checksums(partial), "moments": len(moments)}
             state |= {"settings": fixed_settings(self.config)} if self.config else {}
             write_state(partial, self.path, state)

@@ -36,6 +36,7 @@ class Sample(NamedTuple):
     completion_ids: list[int]
     logps: list[float]  # of each completion token, under the distribution that was sampled from
     truncated: bool  # cut off at max_tokens
+    age: int = 0  # updates of the policy since the weights that wrote it
 
     @property
     def length(self) -> int:
@@ -77,8 +78,18 @@ class Config:
     """a sentence about this recipe, printed at the start"""
 
     # Sampling
-    sampler: Literal["auto", "vllm", "torch"] = "auto"
-    """what writes the completions: vllm, fast, or torch, anywhere; auto is vllm on a CUDA GPU if it is installed"""
+    sampler: Literal["auto", "vllm", "torch", "server"] = "auto"
+    """what writes the completions: vllm, fast, torch, anywhere, or a server; auto is vllm on a CUDA GPU if installed"""
+    server: str = ""
+    """sample with vLLM's servers at these addresses, with commas between several (docs/server.md)"""
+    serve_on: str = ""
+    """the same, with servers that the run starts and ends: on these GPUs of this machine, or on the cpu"""
+    server_minutes: float = 5.0
+    """how long a server may not answer, before the run stops; once it is back it gets the weights again"""
+    weights_folder: str = ""
+    """folder through which servers get new weights, if NCCL does not take them there; they must see it too"""
+    staleness: int = 0
+    """answers may come from weights up to this many updates old: written while earlier steps train (docs/server.md)"""
     kv_cache_gb: float = 0.0
     """memory for vLLM's key-value cache; 0 is what a step's completions need, at most half of what is free"""
     vllm_sleep: bool = False
@@ -206,7 +217,7 @@ class Config:
             if f.name in LOWEST and value != "auto" and not LOWEST[f.name] <= value < math.inf:
                 why = " (with one completion there is nothing to compare it with)" if f.name == "group_size" else ""
                 raise UsageError(f"{f.name} is {value}, it must be {LOWEST[f.name]} or more{why}")
-            if f.name in ("temperature", "top_p", "lr", "grad_clip") and not 0 < value < math.inf:
+            if f.name in ("temperature", "top_p", "lr", "grad_clip", "server_minutes") and not 0 < value < math.inf:
                 raise UsageError(f"{f.name} is {value}, it must be greater than 0")
         if unknown := sorted(self.may_have_changed - {f.name for f in dataclasses.fields(self)}):
             raise UsageError(f"allow_changed has {', '.join(unknown)}, and there is no such setting")
@@ -217,6 +228,13 @@ class Config:
                 raise UsageError(f"reflection_words has {word!r}, which is no regular expression: {error}") from error
         if not all(isinstance(text, str) and text for text in self.stop):
             raise UsageError(f"stop is {self.stop!r}: each of its strings must have a character or more")
+        for address in self.servers:
+            if not re.fullmatch(r"https?://[^/\s]+", address):
+                raise UsageError(f"server has {address!r}, which is no address like http://127.0.0.1:8000")
+        if len(set(self.servers)) > self.prompts_per_step:
+            raise UsageError(f"{len(self.servers)} servers are to share {self.prompts_per_step} prompts_per_step")
+        if len(set(self.servers)) < len(self.servers):
+            raise UsageError(f"server has an address twice: {self.server}")
         if self.top_p > 1:
             raise UsageError(f"top_p is {self.top_p}, it must be at most 1")
         contradictions = [
@@ -234,6 +252,13 @@ class Config:
              "dead_groups is resample, without a bound: set --resample_rounds, for example 3"),
             (self.resample_rounds and self.dead_groups != "resample",
              "resample_rounds is for --dead_groups resample"),
+            (self.server and self.serve_on, "server names servers that there are, serve_on starts new ones: take one"),
+            (self.samples_with_servers and self.sampler not in ("auto", "server"),
+             f"sampler is {self.sampler}, which is no server: leave server and serve_on out, or the sampler"),
+            (self.sampler == "server" and not self.samples_with_servers,
+             "sampler is server: which one? --server http://127.0.0.1:8000, or --serve_on with a free GPU (or cpu)"),
+            (self.staleness and self.vllm_sleep,
+             "with staleness, vLLM must keep the older weights while the policy is trained: without vllm_sleep"),
             (self.overlong_share >= 1, f"overlong_share is {self.overlong_share}, it must be below 1; DAPO has 0.2"),
             (self.advantage == "maxrl" and (self.overlong_share or self.kl_in == "reward"),
              "advantage maxrl is for rewards of 0 and more, which overlong_share and kl_in reward can make negative"),
@@ -247,6 +272,15 @@ class Config:
     @property
     def may_have_changed(self) -> set[str]:
         return {name.strip() for name in self.allow_changed.split(",") if name.strip()}
+
+    @property
+    def samples_with_servers(self) -> bool:
+        return bool(self.server or self.serve_on)
+
+    @property
+    def servers(self) -> list[str]:
+        """The addresses in `server`."""
+        return [address.strip().rstrip("/") for address in self.server.split(",") if address.strip()]
 
     @property
     def samples_all_tokens(self) -> bool:
@@ -271,6 +305,10 @@ class Config:
         stop = tuple(self.stop)
         return Sampling(self.max_completion_tokens, self.temperature, self.top_p, self.top_k, stop)
 
+    def step_seed(self, step: int, attempt: int = 0) -> int:
+        """What the completions of a step are drawn with; `attempt` counts the rounds in which groups were replaced."""
+        return self.seed * 1_000_003 + step + 500_009 * attempt
+
     @property
     def most_likely(self) -> "Sampling":
         """Greedily, as an evaluation does besides."""
@@ -281,7 +319,7 @@ LOWEST = dict(group_size=2, prompts_per_step=1, max_prompt_tokens=1, max_complet
 LOWEST |= dict(minibatches=1, tokens_per_microbatch=1, eval_samples=1, save_steps=1, keep_last=1, steps=0, top_k=0)
 LOWEST |= dict(kl_coef=0, kl_target=0, clip_low=0, clip_high=0, warmup_steps=0, weight_decay=0, eval_steps=0)
 LOWEST |= dict(print_groups=0, kv_cache_gb=0, importance_cap=0, resample_rounds=0, overlong_share=0, reward_seconds=0)
-LOWEST |= dict(max_minutes=0, few_shot=0)
+LOWEST |= dict(max_minutes=0, few_shot=0, staleness=0)
 LOWEST |= dict(entropy_coef=0, seed=0)
 CHANGEABLE_ON_RESUME = {"steps", "eval_steps", "save_steps", "keep_last", "print_groups", "about", "runs", "resume"}
 CHANGEABLE_ON_RESUME |= {"keep_best", "max_minutes", "allow_changed", "trust_remote_code"}
@@ -289,3 +327,5 @@ CHANGEABLE_ON_RESUME |= {"reflection_words", "report_to", "project", "run_name"}
 # what memory needs
 CHANGEABLE_ON_RESUME |= {"tokens_per_microbatch", "gradient_checkpointing", "offload_reference", "vllm_sleep"}
 CHANGEABLE_ON_RESUME |= {"reward_seconds", "kv_cache_gb", "cudnn_attention"}
+# where the servers are
+CHANGEABLE_ON_RESUME |= {"server", "serve_on", "server_minutes", "weights_folder"}

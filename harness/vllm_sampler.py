@@ -1,4 +1,4 @@
-"""Sampling with vLLM, which has weights of its own, and the proof that they follow those of the trainer."""
+"""Sampling with vLLM in this process. It has weights of its own, which follow those of the trainer."""
 
 import atexit
 import hashlib
@@ -8,20 +8,16 @@ import shutil
 import tempfile
 import weakref
 from contextlib import suppress
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from harness import memory, parallel
-from harness.batching import logps_under
-from harness.messages import LibraryLog, stage
-from harness.metrics import average
-from harness.settings import MAX_LOGP_GAP, Config, Sample, Sampling, UsageError
+from harness.messages import LibraryLog
+from harness.settings import Config, Sample, Sampling, UsageError
 
 
 def graph_sizes(rows: int) -> list[int]:
@@ -76,6 +72,43 @@ def shut_down(llm: weakref.ref) -> None:
         torch.distributed.destroy_process_group()
 
 
+def longest_row(model_config, config: Config) -> int:
+    """The tokens that a row of this run can have: prompt and completion."""
+    longest = config.max_prompt_tokens + config.max_completion_tokens + 32  # the evaluation may add a prefix
+    return min(longest, getattr(model_config, "max_position_embeddings", longest))
+
+
+def engine_settings(model_config, config: Config, bf16: bool, processes: int) -> dict:
+    """What an engine needs to sample for this run, be it in this process or in a server: arguments of `vllm.LLM`."""
+    rows = max(config.sample_rows, memory.own_rows(config, processes))
+    return dict(
+        dtype="bfloat16" if bf16 else "float32",
+        hf_overrides={"head_dtype": "float32"},  # logits in float32, as the trainer's are
+        load_format="dummy",  # the first `sync` brings the weights
+        max_model_len=longest_row(model_config, config),
+        max_num_seqs=rows,
+        compilation_config={"cudagraph_capture_sizes": graph_sizes(rows)},
+        logprobs_mode="processed_logprobs",  # of the distribution that is sampled from, temperature included
+        generation_config="vllm",  # and not sampling settings that a model brings along
+        trust_remote_code=config.trust_remote_code,
+        enforce_eager=not torch.cuda.is_available(),
+        seed=config.seed,
+    )
+
+
+def request_settings(eos_ids: list[int], group_size: int, sampling: Sampling, seed: int, i: int) -> dict:
+    """How vLLM is to sample for prompt `i`: arguments of `vllm.SamplingParams`.
+
+    Each request has a seed of its own, so that a resumed run samples the same, wherever it does.
+    """
+    return dict(
+        n=group_size, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
+        max_tokens=sampling.max_tokens, logprobs=0, detokenize=bool(sampling.stop), stop=list(sampling.stop),
+        include_stop_str_in_output=True, stop_token_ids=eos_ids,
+        seed=random.Random(f"{seed}/{i}").getrandbits(48),
+    )  # fmt: skip
+
+
 class VLLMSampler:
     """Samples with vLLM, in this process. It has weights of its own, which `sync` replaces after each update."""
 
@@ -86,27 +119,14 @@ class VLLMSampler:
         self.log = LibraryLog("vllm")
         self.model, self.eos = model, eos_ids
         self.on_cpu, self.sleeps, self.asleep = not torch.cuda.is_available(), config.vllm_sleep, False
-        longest = config.max_prompt_tokens + config.max_completion_tokens + 32  # the evaluation may add a prefix
         free, processes = memory.free_memory(next(model.parameters()).device), PartialState().num_processes
-        rows = max(config.sample_rows, memory.own_rows(config, processes))
-        settings = dict(
-            dtype="bfloat16" if bf16 else "float32",
-            hf_overrides={"head_dtype": "float32"},  # logits in float32, as the trainer's are
-            load_format="dummy",  # the first `sync` brings the weights
-            max_model_len=min(longest, getattr(model.config, "max_position_embeddings", longest)),
-            max_num_seqs=rows,
-            compilation_config={"cudagraph_capture_sizes": graph_sizes(rows)},
+        settings = engine_settings(model.config, config, bf16, processes) | dict(
             kv_cache_memory_bytes=memory.vllm_cache_bytes(memory.Shape.of(model.config), config, bf16, free, processes),
             gpu_memory_utilization=0.05,  # only checked against: the line above says what is taken
-            logprobs_mode="processed_logprobs",  # of the distribution that is sampled from, temperature included
-            generation_config="vllm",  # and not sampling settings that a model brings along
             skip_tokenizer_init=not config.stop,  # token ids in, token ids out; strings have to be looked for
             tokenizer=folder,
-            trust_remote_code=config.trust_remote_code,
-            enforce_eager=self.on_cpu,
             distributed_executor_backend="external_launcher" if processes > 1 else None,  # each on the GPU of its rank
             enable_sleep_mode=config.vllm_sleep,
-            seed=config.seed,
         )
         try:
             with self.log.everything():
@@ -127,16 +147,11 @@ class VLLMSampler:
         self.sync()
 
     def generate(self, prompts: list[list[int]], group_size: int, sampling: Sampling, seed: int) -> list[Sample]:
-        """As `TorchSampler.generate`. Each request has a seed of its own, so that a resumed run samples the same."""
+        """As `TorchSampler.generate`."""
         params = [
-            self.params(
-                n=group_size, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
-                max_tokens=sampling.max_tokens, logprobs=0, flat_logprobs=True, detokenize=bool(sampling.stop),
-                stop=list(sampling.stop), include_stop_str_in_output=True, stop_token_ids=self.eos,
-                seed=random.Random(f"{seed}/{i}").getrandbits(48),
-            )
+            self.params(**request_settings(self.eos, group_size, sampling, seed, i), flat_logprobs=True)
             for i in range(len(prompts))
-        ]  # fmt: skip
+        ]
         requests = [{"prompt_token_ids": ids} for ids in prompts]
         return [
             Sample(ids, list(c.token_ids), list(c.logprobs.logprobs), c.finish_reason == "length")
@@ -165,67 +180,3 @@ class VLLMSampler:
             self.asleep = False
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache: it would answer with keys of the old weights")
-
-
-def logp_gap(policy: nn.Module, accelerator: Accelerator, config: Config, samples: list[Sample]) -> float:
-    """Mean absolute difference of the sampler's log-probs and the policy's, over all tokens of all processes."""
-    samples = parallel.join(samples)
-    logps = logps_under(policy, samples, accelerator, config.tokens_per_microbatch)
-    return average(abs(a - b) for s, row in zip(samples, logps, strict=True) for a, b in zip(s.logps, row, strict=True))
-
-
-def proven_sampler(run, config: Config) -> VLLMSampler:
-    """A sampler for the parts of a `loading.Run`, with the trainer's weights, which are seen to reach it."""
-    bf16 = run.accelerator.mixed_precision == "bf16"
-    with stage("starting vLLM", is_slow=True):
-        sampler = VLLMSampler(run.source, run.model, run.eos_ids, config, bf16)
-    with stage("seeing that vLLM gets the weights"):
-        check_sampler(sampler, run.policy, run.accelerator, [problem.ids for problem in run.problems], config)
-    return sampler
-
-
-@torch.no_grad()
-def check_sampler(
-    sampler, policy: nn.Module, accelerator: Accelerator, prompts: list[list[int]], config: Config
-) -> None:
-    """Proves that new weights reach a sampler with weights of its own, before the run depends on it.
-
-    Every weight is changed until the log-probs visibly are; then the sampler must follow; then the true weights go
-    back, and it must follow again. A sync that does nothing, forgets a layer or keeps a prefix cache does not pass.
-
-    Raises:
-        UsageError: it does not follow.
-    """
-    gap = partial(logp_gap, policy, accelerator, config)
-    # as long as they may be: a prefix cache works on whole blocks of tokens
-    prompts = [(ids * config.max_prompt_tokens)[: config.max_prompt_tokens] for ids in prompts[:4]]
-    sampling = Sampling(min(16, config.max_completion_tokens), config.temperature)
-
-    def require_equal(when: str):
-        samples = sampler.generate(prompts, 2, sampling, config.seed)
-        if (found := gap(samples)) > MAX_LOGP_GAP:
-            raise UsageError(
-                f"{when}, vLLM's log-probs differ from the trainer's by {found:.3f} on average: it does not sample "
-                "from the policy that is trained. Use --sampler torch, and check that the versions in "
-                "requirements-gpu.txt are installed"
-            )
-        return samples
-
-    before = require_equal("at the start")
-    own = [p.to_local() if isinstance(p, DTensor) else p for p in policy.parameters()]  # the parts of this process
-    # there is room for a copy on the card, unless it is so small that vLLM has to sleep while it trains
-    size, device = sum(p.nbytes for p in own), own[0].device
-    true = [p.detach().to(device if memory.free_memory(device) > 2 * size else "cpu", copy=True) for p in own]
-    generator = torch.Generator(device).manual_seed(config.seed)
-    scale = 0.05
-    while gap(before) < 0.5 and scale < 10:
-        for p, value in zip(own, true, strict=True):
-            noise = torch.empty_like(p).normal_(generator=generator)
-            p.copy_(value).add_(noise.mul_(scale * p.abs().mean()))
-        scale *= 2
-    sampler.sync()
-    require_equal("after the weights were changed")
-    for p, value in zip(own, true, strict=True):
-        p.copy_(value)
-    sampler.sync()
-    require_equal("after the weights were set back")

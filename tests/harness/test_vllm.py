@@ -18,7 +18,8 @@ from conftest import largest_difference, updated
 
 from harness.batching import policy_inputs
 from harness.prompts import Problem, encode_prompt
-from harness.vllm_sampler import VLLMSampler, check_sampler, graph_sizes, shape_folder
+from harness.proven_sampler import check_sampler
+from harness.vllm_sampler import VLLMSampler, graph_sizes, shape_folder
 
 if not os.environ.get("REQUIRE_VLLM"):
     pytest.importorskip("vllm")

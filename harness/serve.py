@@ -1,0 +1,175 @@
+"""`vllm serve`, started so that a run can sample from it, and give it new weights.
+
+    python -m harness.serve --config configs/math-1.5b.yaml            on one GPU, and then, on another one:
+    python grpo.py --config configs/math-1.5b.yaml --server http://127.0.0.1:8000
+
+It takes the settings of the run, and --host and --port, and prints the line that it runs. The server begins with empty
+weights: the run brings them. Whoever reaches it can run code on it, so that it listens to this machine alone, unless
+--host says otherwise.
+"""
+
+import argparse
+import atexit
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from harness import memory
+from harness.command_line import errors_as_lines, parse_config
+from harness.files import local_name
+from harness.loading import check_served, load_model_config
+from harness.settings import Config, UsageError
+from harness.vllm_sampler import engine_settings
+
+
+def serve_line(address: str) -> str:
+    return f"A server for this run at {address}: python -m harness.serve, with the settings of the run (docs/server.md)"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def command(folder: str, model_config, config: Config, bf16: bool, host: str, port: int) -> list[str]:
+    """The line that starts a server for this run."""
+    settings, on_gpu = engine_settings(model_config, config, bf16, processes=1), torch.cuda.is_available()
+    settings |= {"model": folder, "host": host, "port": port, "enable_scale_out": True}
+    if on_gpu:
+        settings["weight_transfer_config"] = {"backend": "nccl"}
+        if config.kv_cache_gb:  # else vLLM takes what is left of its card
+            settings["kv_cache_memory_bytes"] = int(1e9 * config.kv_cache_gb)
+    else:
+        free, shape = memory.free_memory(torch.device("cpu")), memory.Shape.of(model_config)
+        settings["kv_cache_memory_bytes"] = memory.vllm_cache_bytes(shape, config, bf16, free, processes=1)
+        # vLLM's CPU build packs a tied head by itself, and would keep the old one when new weights come
+        settings["hf_overrides"] = settings["hf_overrides"] | {"tie_word_embeddings": False}
+    given = {f"--{name.replace('_', '-')}": value for name, value in settings.items() if value not in (False, None)}
+    words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    for flag, value in given.items():
+        words += [flag] if value is True else [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
+    return words
+
+
+def environment(gpu: str = "") -> dict[str, str]:
+    """With the routes for new weights; on one GPU, if it is named; two servers on a CPU do not take the same core."""
+    chosen = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    if gpu:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        chosen["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(gpu)] if visible else gpu
+    return os.environ | chosen
+
+
+def chosen_gpus(config: Config) -> list[str]:
+    """The GPUs of `serve_on`, or one empty name for the CPU.
+
+    Raises:
+        UsageError: there is no such GPU, or it is one of those that train.
+    """
+    here, trained_on = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if trained_on < PartialState().num_processes:
+        raise UsageError(
+            "serve_on is for one machine. For a run on several, start the servers by themselves (python -m "
+            "harness.serve) and name them: --server"
+        )
+    if not here:
+        if config.serve_on != "cpu":
+            raise UsageError(f"serve_on is {config.serve_on}, and there is no GPU here: cpu is what there is")
+        return [""]
+    gpus = [gpu.strip() for gpu in config.serve_on.split(",")]
+    for gpu in gpus:
+        if not gpu.isdigit() or not trained_on <= int(gpu) < here:
+            free = ", ".join(map(str, range(trained_on, here))) or "none"
+            raise UsageError(f"serve_on has {gpu!r}; the GPUs that do not train are {free}, of {here}")
+    return gpus
+
+
+class OwnServer:
+    """A server that the run has started, and starts again where it has died. It ends with the run."""
+
+    PATIENCE = 120  # seconds without an answer, after which one that is running is started again
+
+    def __init__(self, words: list[str], gpu: str, port: int):
+        self.words, self.environment = words, environment(gpu)
+        file, self.log = tempfile.mkstemp(prefix=f"grpo-server-{port}-", suffix=".log")
+        os.close(file)
+        if shutil.which("setpriv"):  # the system then ends it, however the run ends
+            self.words = ["setpriv", "--pdeathsig", "TERM", *words]
+        self.start()
+        atexit.register(self.end)
+
+    @classmethod
+    def start_all(cls, folder: str, model_config, config: Config, bf16: bool) -> dict[str, "OwnServer"]:
+        """One on each GPU of `serve_on`, by address. Nothing is waited for."""
+        if not find_spec("vllm"):
+            raise UsageError("serve_on needs vLLM, which is not installed: pip install -r requirements-gpu.txt")
+        started = {}
+        for gpu in chosen_gpus(config):
+            port = free_port()
+            server = cls(command(folder, model_config, config, bf16, "127.0.0.1", port), gpu, port)
+            started[f"http://127.0.0.1:{port}"] = server
+            print(f"a server starts on {f'GPU {gpu}' if gpu else 'the CPU'}; what it says is in {server.log}")
+        return started
+
+    def start(self) -> None:
+        with open(self.log, "ab") as log:
+            # a group of its own: Ctrl-C is for the run, and all of its processes can be ended together
+            self.process = subprocess.Popen(
+                self.words, env=self.environment, stdout=log, stderr=log, start_new_session=True
+            )
+        self.started = time.monotonic()
+
+    def check(self) -> None:
+        """Raises UsageError if it has ended."""
+        if self.process.poll() is not None:
+            said = [line for line in Path(self.log).read_text(errors="replace").splitlines() if "Error" in line]
+            raise UsageError(f"the server ended while it started: {said[-1] if said else 'see its log'} ({self.log})")
+
+    def revive(self, gone: float) -> None:
+        """Starts it again if it has ended, or has not answered for long, since the time `gone`."""
+        if self.process.poll() is not None or time.monotonic() - max(gone, self.started) > self.PATIENCE:
+            self.end()
+            self.start()
+
+    def end(self) -> None:
+        """With all of its processes: an engine outlives a server that was killed."""
+        for how in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, how)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(10)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--host", default="127.0.0.1", help="the address that it listens on")
+    parser.add_argument("--port", type=int, default=8000)
+    options, of_the_run = parser.parse_known_args(argv)
+    with errors_as_lines():
+        config = parse_config(of_the_run)
+        model_config = load_model_config(config.model, config.trust_remote_code)
+        check_served(model_config)
+        if not find_spec("vllm"):
+            raise UsageError("vLLM is not installed: pip install -r requirements-gpu.txt")
+        bf16 = config.precision == "bf16" or (config.precision == "auto" and torch.cuda.is_available())
+        words = command(local_name(config.model), model_config, config, bf16, options.host, options.port)
+        print("VLLM_SERVER_DEV_MODE=1", shlex.join(words), flush=True)
+    os.execvpe(words[0], words, environment())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
