@@ -3,9 +3,9 @@
     python benchmarks/staleness.py
 
 Every run is `python grpo.py --staleness K --seed S`, the default run, with the flags of its row. `the ratio`: the old
-log-probs are those of the weights that wrote the answers, and the clip acts on what is too far. `nothing`: the old ones
-are the trainer's own, so that an answer counts as if it were new. `capped weights`: the same, but each token is weighted
-by its probability under the trainer over that under the sampler, at most 2. Draws the curves, too.
+log-probs are those of the weights that wrote the answers, and the clip acts on what is too far. `nothing`: the old
+ones are the trainer's own, so that an answer counts as if it were new. `capped weights`: the same, but each token is
+weighted by its probability under the trainer over that under the sampler, at most 2. Draws the curves, too.
 """
 
 from statistics import fmean
@@ -44,9 +44,9 @@ def main() -> None:
         f"`python benchmarks/staleness.py`, {options.steps} steps, seeds {options.seeds}, {options.jobs} at a time on"
     )
     about = (
-        f"{origin(begin, 'torch', 'Python')} Each cell has the seeds. Accuracy and clipped tokens in percent, accuracy on "
-        "problems that are in no training; age in updates and gap (mean |difference| of the log-probs of sampler and "
-        "trainer), as means over the steps."
+        f"{origin(begin, 'torch', 'Python')} Each cell has the seeds. Accuracy and clipped tokens in percent, accuracy "
+        "on problems that are in no training; age in updates, and gap (mean |difference| of the log-probs of sampler "
+        "and trainer), as means over the steps."
     )
     rows = [[name, " ".join(ARMS[name]), *of_seeds(found, COLUMNS)] for name, found in results.items()]
     write(options.out, about, table(f"staleness, corrected by | flags | {' | '.join(COLUMNS)}", rows))

@@ -153,15 +153,17 @@ def needs(
     vllm_weights = n * (2 if bf16 else 4) if vllm else 0
     cache = vllm_cache_bytes(shape, config, bf16, free, spread.processes) if vllm else 0
     sample_rows = max(config.sample_rows, config.group_size, config.eval_samples)  # the evaluation fills them
-    torch_cache = 0 if vllm else 1.25 * sample_rows * longest * s.cache_bytes(half)
+    by_torch = not (vllm or config.samples_with_servers)
+    torch_cache = by_torch * 1.25 * sample_rows * longest * s.cache_bytes(half)
     table = {
         "weights": [weights * n / spread.weights] * 3,
         "AdamW": [moments * n / spread.moments + (0 if on_gpu else on_cpu * n)] * 3,
         "gradients": [0, 0, gradients * n / spread.gradients],
         "reference": [reference * on_card, reference, reference * on_card],
-        "bf16 copies of the weights": [0 if vllm else copies, copies, copies],
+        "older weights": [by_torch * bool(config.staleness) * weights * n] * 3,
+        "bf16 copies of the weights": [by_torch * copies, copies, copies],
         "activations": [0, 0, tokens * s.activation_bytes(half, config.gradient_checkpointing)],
-        "logits": [0 if vllm else 3 * 4 * sample_rows * s.vocabulary, logits, max(logits - again, 0)],
+        "logits": [by_torch * 12 * sample_rows * s.vocabulary, logits, max(logits - again, 0)],
         "vLLM: weights": [vllm_weights, awake * vllm_weights, awake * vllm_weights],
         "key-value cache": [cache or torch_cache, awake * cache, awake * cache],
         "vLLM: the rest": [VLLM_REST if vllm and on_gpu else 0] * 3,

@@ -1,4 +1,4 @@
-"""`vllm serve`, started so that a run can sample from it, and give it new weights.
+"""Starts `vllm serve` so that a run can sample from it, and give it new weights.
 
     python -m harness.serve --config configs/math-1.5b.yaml            on one GPU, and then, on another one:
     python grpo.py --config configs/math-1.5b.yaml --server http://127.0.0.1:8000
@@ -109,8 +109,9 @@ class OwnServer:
         os.close(file)
         if shutil.which("setpriv"):  # the system then ends it, however the run ends
             self.words = ["setpriv", "--pdeathsig", "TERM", *words]
+        self.is_over = False
         self.start()
-        atexit.register(self.end)
+        atexit.register(self.close)
 
     @classmethod
     def start_all(cls, folder: str, model_config, config: Config, bf16: bool) -> dict[str, "OwnServer"]:
@@ -141,9 +142,14 @@ class OwnServer:
 
     def revive(self, gone: float) -> None:
         """Starts it again if it has ended, or has not answered for long, since the time `gone`."""
-        if self.process.poll() is not None or time.monotonic() - max(gone, self.started) > self.PATIENCE:
+        is_stuck = time.monotonic() - max(gone, self.started) > self.PATIENCE
+        if (self.process.poll() is not None or is_stuck) and not self.is_over:
             self.end()
             self.start()
+
+    def close(self) -> None:
+        self.is_over = True
+        self.end()
 
     def end(self) -> None:
         """With all of its processes: an engine outlives a server that was killed."""
@@ -154,19 +160,26 @@ class OwnServer:
                 self.process.wait(10)
 
 
-def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_arguments(argv: list[str]) -> tuple[str, int, Config]:
+    """Host, port, and the settings of the run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--host", default="127.0.0.1", help="the address that it listens on")
     parser.add_argument("--port", type=int, default=8000)
     options, of_the_run = parser.parse_known_args(argv)
+    return options.host, options.port, parse_config(of_the_run)
+
+
+def main(argv: list[str]) -> None:
     with errors_as_lines():
-        config = parse_config(of_the_run)
+        host, port, config = parse_arguments(argv)
         model_config = load_model_config(config.model, config.trust_remote_code)
         check_served(model_config)
         if not find_spec("vllm"):
             raise UsageError("vLLM is not installed: pip install -r requirements-gpu.txt")
         bf16 = config.precision == "bf16" or (config.precision == "auto" and torch.cuda.is_available())
-        words = command(local_name(config.model), model_config, config, bf16, options.host, options.port)
+        words = command(local_name(config.model), model_config, config, bf16, host, port)
         print("VLLM_SERVER_DEV_MODE=1", shlex.join(words), flush=True)
     os.execvpe(words[0], words, environment())
 

@@ -7,7 +7,6 @@ is not used. So it cannot matter when a server dies, or starts again: it gets th
 
 import asyncio
 import atexit
-import ipaddress
 import os
 import shutil
 import socket
@@ -16,7 +15,7 @@ import threading
 import time
 import uuid
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -31,7 +30,7 @@ from tqdm import tqdm
 from harness import parallel
 from harness.serve import OwnServer, free_port, serve_line
 from harness.settings import Config, Sample, Sampling, UsageError
-from harness.vllm_client import NAMELESS, Server, ServerGone
+from harness.vllm_client import NAMELESS, Server, ServerGone, is_here, warn_of_strangers
 from harness.vllm_sampler import longest_row, request_settings
 
 
@@ -55,7 +54,11 @@ class ServerSampler:
         self.servers = [Server(address, 60 * config.server_minutes) for address in addresses]
         self.name = parallel.of_main_process(f"grpo-{uuid.uuid4().hex[:8]}")
         self.sent, self.weights = 0, "none"
-        self.now(self._look_at_servers(config, longest_row(model.config, config), bf16))
+        for process in range(self.state.num_processes):  # the first one knows how long its own servers need to start
+            if process == self.state.process_index:
+                self.now(self._look_at_servers(config, longest_row(model.config, config), bf16))
+            self.state.wait_for_everyone()
+        asyncio.run_coroutine_threadsafe(self._watch_own(), self.loop)
         self.home = self._folder_for_weights(config)
         self.engines = [] if self.home else [self._nccl(server) for server in self.servers]
         self.sync()
@@ -103,6 +106,13 @@ class ServerSampler:
                     raise
                 self.own[server.address].check()
                 await asyncio.sleep(0.5)
+
+    async def _watch_own(self) -> None:
+        """One that has died starts again, also while another process of the run is the one that waits for it."""
+        while self.own:
+            await asyncio.sleep(1)
+            for server in self.own.values():
+                server.revive(time.monotonic())
 
     def _folder_for_weights(self, config: Config) -> Path | None:
         """Where files of weights go, which the servers read too; None where NCCL takes them there."""
@@ -302,24 +312,6 @@ def weights_of_tied_head(model: nn.Module, weights: dict):
     table = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is table) + ".weight"
     return weights[name].clone()
-
-
-def is_here(address: str) -> bool:
-    """Whether it is an address of this machine's own, which no other one reaches."""
-    host = urlsplit(address).hostname
-    if host == "localhost":
-        return True
-    with suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return False
-
-
-def warn_of_strangers(address: str) -> None:
-    if not is_here(address):
-        print(
-            f"{address}: whoever reaches this server can give it other weights and run code on it. It should be open "
-            "to this machine alone, by a firewall or an ssh tunnel (docs/server.md)"
-        )
 
 
 def own_address(server: str) -> str:

@@ -1,7 +1,10 @@
 """What one `vllm serve` is asked over HTTP, by vLLM's own routes."""
 
 import asyncio
+import ipaddress
+from contextlib import suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -108,3 +111,21 @@ class Server:
             logps = [token["logprob"] for token in choice["logprobs"]["content"]]
             samples.append(Sample(ids, choice["token_ids"], logps, choice["finish_reason"] == "length"))
         return samples
+
+
+def is_here(address: str) -> bool:
+    """Whether it is an address of this machine's own, which no other one reaches."""
+    host = urlsplit(address).hostname
+    if host == "localhost":
+        return True
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return False
+
+
+def warn_of_strangers(address: str) -> None:
+    if not is_here(address):
+        print(
+            f"{address}: whoever reaches this server can give it other weights and run code on it. It should be open "
+            "to this machine alone, by a firewall or an ssh tunnel (docs/server.md)"
+        )

@@ -890,8 +890,9 @@ DEFAULTS = {
     | dict(optimizer="adamw", lr=1e-6, lr_schedule="constant", warmup_steps=0, weight_decay=0, grad_clip=1)
     | dict(tokens_per_microbatch=8192, gradient_checkpointing=False, eval_steps=50, eval_samples=8, runs="runs")
     | dict(save_steps=50, keep_last=2, keep_best=True, max_minutes=0, print_groups=50, cudnn_attention=False)
-    | dict(system_prompt="", chat_template="", few_shot=0)
-    | dict.fromkeys(("model", "task", "about", "report_to", "project", "run_name", "resume", "allow_changed"), ""),
+    | dict(system_prompt="", chat_template="", few_shot=0, server_minutes=5, staleness=0)
+    | dict.fromkeys(("model", "task", "about", "report_to", "project", "run_name", "resume", "allow_changed"), "")
+    | dict.fromkeys(("server", "serve_on", "weights_folder"), ""),
 }
 
 

@@ -15,7 +15,7 @@ from accelerate.commands.launch import launch_command_parser
 from packaging.requirements import Requirement
 
 import grpo
-from harness import sft, smollm2
+from harness import serve, sft, smollm2
 from harness.command_line import parse_settings
 from mathformer import evaluate, train, train_rl
 from view.report import parse_arguments
@@ -124,6 +124,7 @@ PROGRAMS = {
     "view report": parse_arguments,
     "harness.smollm2": smollm2.parse_arguments,
     "harness.sft": sft.parse_arguments,
+    "harness.serve": serve.parse_arguments,
 }
 
 

@@ -22,8 +22,8 @@ import grpo
 from harness import loading
 from harness.batching import policy_inputs, row_tokens
 from harness.metrics import rollout_metrics
-from harness.settings import Sample
 from harness.proven_sampler import check_sampler
+from harness.settings import Sample
 from tasks.competition_math import math_reward
 from tasks.countdown import countdown_reward
 from tasks.gsm8k import gsm8k_example, gsm8k_reward

@@ -84,7 +84,7 @@ def table(shape: dict, config: grpo.Config, vllm: bool = True, free: float = 80e
 
 def test_the_parts_of_a_3b_run():
     parts, n = table(QWEN_3B, recipe("countdown-3b")), 3_085_938_688
-    assert parts["weights"] == [4 * n] * 3 and parts["AdamW"] == [8 * n] * 3
+    assert parts["weights"] == [4 * 3_085_938_688] * 3 and parts["AdamW"] == [8 * n] * 3
     assert parts["gradients"] == [0, 0, 4 * n]
     assert parts["reference"] == [0, 4 * n, 0]  # offloaded but for its own pass
     assert parts["bf16 copies of the weights"][2] == 2 * (n - 151936 * 2048)
@@ -116,6 +116,12 @@ def test_settings_move_the_parts_that_they_should():
     # few rows a step do not help: the evaluation fills its batches
     assert table(QWEN_3B, replace(config, prompts_per_step=1), vllm=False)["key-value cache"] == sampled
     assert table(QWEN_3B, config, vllm=False)["logits"][0] == 12 * 256 * 151936
+    older = table(QWEN_3B, replace(config, staleness=2), vllm=False)
+    assert older["older weights"] == [4 * 3_085_938_688] * 3
+    assert "older weights" not in table(QWEN_3B, replace(config, staleness=2))
+    served = table(QWEN_3B, replace(config, staleness=2, serve_on="1"), vllm=False)
+    nothing_here = {"older weights", "key-value cache", "vLLM: weights", "vLLM: the rest"}
+    assert not nothing_here & served.keys() and [served[name][0] for name in ("logits", "activations")] == [0, 0]
     assert table(QWEN_3B, replace(config, kv_cache_gb=3))["key-value cache"] == [3e9] * 3
     assert table(QWEN_3B, replace(config, prompts_per_step=4096), free=20e9)["key-value cache"] == [10e9] * 3
     # a row that is longer than the budget is a microbatch by itself
@@ -219,13 +225,14 @@ def test_the_advice_comes_true(card, capsys):
         ("countdown-workshop --vllm_sleep true --kv_cache_gb 10", transformers.Qwen3Config(**QWEN3_1_7B), 48),
         ("math-1.5b", transformers.Qwen2Config(**QWEN_1_5B), 80),
         ("math-1.5b --gradient_checkpointing true --vllm_sleep true", transformers.Qwen2Config(**QWEN_1_5B), 48),
+        ("math-1.5b-served", transformers.Qwen2Config(**QWEN_1_5B), 48),
         ("gsm8k-0.5b", transformers.Qwen2Config(**QWEN_HALF_B), 24),
     ],
 )
 def test_a_recipe_fits_the_card_that_it_names(name, model_config, gigabytes):
     name, *flags = name.split()
     config, free = grpo.parse_config(["--config", f"configs/{name}.yaml", *flags]), gigabytes * 2**30 * 0.98
-    parts = memory.needs(Shape.of(model_config), config, True, True, True, free, Spread())
+    parts = memory.needs(Shape.of(model_config), config, True, not config.serve_on, True, free, Spread())
     assert memory.peak(parts) < 0.95 * free
     said = open(f"configs/{name}.yaml").read()
     assert f"{gigabytes} GB" in said and f"{round(memory.peak(parts) / 1e9)}" in said

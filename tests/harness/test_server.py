@@ -23,7 +23,7 @@ from conftest import SHAPE
 from stand_in_server import StandIn
 
 import grpo
-from harness import ahead, loading, serve, server_sampler
+from harness import ahead, loading, serve, server_sampler, vllm_client
 from harness.batching import policy_inputs
 from harness.prompts import draw_prompts
 from harness.server_sampler import ServerSampler
@@ -368,7 +368,7 @@ def test_other_refusals(config, monkeypatch, tmp_path):
     ],
 )
 def test_a_server_that_others_reach_is_warned_of(address, here, capsys):
-    server_sampler.warn_of_strangers(address)
+    vllm_client.warn_of_strangers(address)
     assert ("can give it other weights and run code on it" in capsys.readouterr().out) != here
 
 
@@ -447,7 +447,8 @@ def test_a_server_of_the_run_is_started_again_and_ends_with_it(tmp_path):
     assert own.process.pid not in (first, second), "it had hung"
     time.sleep(0.3)
     group = own.process.pid
-    own.end()
+    own.close()
+    own.revive(0.0)
     time.sleep(0.2)
     for process in psutil.process_iter():
         if process.status() != psutil.STATUS_ZOMBIE:

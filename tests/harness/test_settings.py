@@ -694,6 +694,11 @@ ELSEWHERE = {
     "few_shot": "harness/test_templates.py::test_worked_examples_are_earlier_turns_of_a_chat",
     "chat_template": "harness/test_templates.py::test_a_template_of_a_file_takes_the_place_of_the_models_and_is_kept",
     "chat_template_args": "harness/test_templates.py::test_arguments_of_the_template_reach_it",
+    "server": "harness/test_server.py::test_servers_share_the_prompts_and_answer_as_one",
+    "serve_on": "harness/test_server.py::test_servers_get_gpus_that_do_not_train",
+    "server_minutes": "harness/test_server.py::test_a_server_that_hangs_is_given_up",
+    "weights_folder": "harness/test_server.py::test_weights_are_removed_at_the_end_and_what_a_dead_run_left",
+    "staleness": "harness/test_server.py::test_which_weights_write_a_step",
     "vllm_sleep": "harness/test_vllm.py::test_settings_of_vllm_reach_it",
     "project": "harness/test_settings.py::test_a_tracker_is_told_the_project_and_the_name_of_the_run",
     "run_name": "harness/test_settings.py::test_a_tracker_is_told_the_project_and_the_name_of_the_run",
@@ -778,6 +783,7 @@ def test_a_tracker_is_told_the_project_and_the_name_of_the_run(seen, monkeypatch
 MAY_CHANGE = {"steps", "eval_steps", "save_steps", "keep_last", "print_groups", "about", "runs", "resume", "project"}
 MAY_CHANGE |= {"reflection_words", "report_to", "run_name", "tokens_per_microbatch", "gradient_checkpointing"}
 MAY_CHANGE |= {"keep_best", "max_minutes", "allow_changed", "trust_remote_code"}
+MAY_CHANGE |= {"server", "serve_on", "server_minutes", "weights_folder"}
 MAY_CHANGE |= {"offload_reference", "vllm_sleep", "reward_seconds", "kv_cache_gb", "cudnn_attention"}
 VALUES = {"keep_best": "false", "max_minutes": 5, "allow_changed": "lr"}
 VALUES |= {
@@ -787,6 +793,11 @@ VALUES |= {
     "vllm_sleep": "true",
     "project": "p",
     "run_name": "r",
+    "server": "http://127.0.0.1:8000",
+    "serve_on": "cpu",
+    "server_minutes": 1,
+    "weights_folder": "ELSEWHERE",
+    "staleness": 1,
     "stop": '["7"]',
     "system_prompt": "7",
     "few_shot": 1,

@@ -58,7 +58,7 @@ def servers(folder):
         wait_for(address, server)
     yield started
     for server in started.values():
-        server.end()
+        server.close()
 
 
 def wait_for(address: str, server: serve.OwnServer) -> None:
