@@ -76,7 +76,7 @@ class Rollout:
     completion_ids: list[int]  # with the end-of-sequence token, if the model wrote it
     logps: list[float]  # the sampler's log-prob of each completion token
     truncated: bool  # cut off at max_completion_tokens
-    age: int = 0  # in updates of the policy
+    age: int = 0  # steps since its weights
     prompt: str = ""
     text: str = ""  # what the verifier judges: the completion, without the end-of-sequence token
     parts: dict = field(default_factory=dict)  # what the task's reward() returned

@@ -1,17 +1,18 @@
-"""Answers that are written ahead, while earlier steps train: with weights that are up to `staleness` updates old.
+"""Answers that are written ahead, while earlier steps train: by weights that are up to `staleness` steps old.
 
-With staleness k, the sampler gets new weights after every k-th step only. The answers of the next step are there by
-then, and those of the k steps behind it are begun at once. For k = 2:
+With staleness k, the sampler gets new weights after every k-th step. The trainer first waits for the answers of the
+next step, which the old weights still write; then the answers of the k steps after that are begun, all at once. For
+k = 2:
 
     step                            1  2  3  4  5  6  7
-    written by the weights after    0  0  0  2  2  4  4   updates
+    written by the weights after    0  0  0  2  2  4  4   steps
     age                             0  1  2  1  2  1  2
 
-A server writes while the trainer trains. Other samplers have no time of their own, and write when the answers are
-needed, but with the same weights: so they show what staleness does to learning, and gain nothing by it.
+A server writes while the trainer trains. Other samplers cannot run alongside training. They write the answers when
+these are needed, but with the same weights: that shows what staleness does to learning, and saves no time.
 
-What the old weights have still to write is written before a checkpoint, and kept in it. So a run that was stopped goes
-on with the very answers that it would have had, and needs no old weights for that.
+Before a checkpoint is saved, the answers that the old weights still owe are finished and stored in it. So a stopped
+run goes on with the very answers that it would have had, and needs no old weights for that.
 """
 
 from collections.abc import Callable
@@ -33,7 +34,7 @@ FILE = "ahead.jsonl"  # in a checkpoint
 class Batch:
     """This process's answers of a later step."""
 
-    updates: int  # in the weights that write them
+    after: int  # the step after which the weights were sent that write them
     prompts: list[list[int]]
     seed: int
     fetch: Callable[[], list[Sample]]
@@ -46,12 +47,13 @@ class Batch:
 
 
 class Ahead:
-    """Around a sampler, with the same verbs. What is asked beyond the steps, as in an evaluation, has no age."""
+    """Around a sampler, with the same verbs. Whatever else is asked, as in evaluations, the newest weights answer."""
 
     def __init__(self, run, config: Config):
         """For the parts of a `loading.Run`, whose state says from which step it goes on."""
         self.sampler, self.task, self.tokenizer, self.config = run.sampler, run.task, run.tokenizer, config
-        self.step = self.given = run.state["step"]  # updates that the trainer has made; that the sampler has got
+        self.step = run.state["step"]  # the last one that was trained
+        self.sent = self.step  # the one after which the sampler got its weights
         self.batches: dict[int, Batch] = read_batches(run.checkpoint) if run.checkpoint else {}
         if not self.batches:
             next_sync = config.staleness * (self.step // config.staleness + 1)
@@ -69,10 +71,10 @@ class Ahead:
                 fetch = self.sampler.begin(*asked).result
             else:
                 fetch = partial(self.sampler.generate, *asked)
-            self.batches[step] = Batch(self.given, prompts, seed, fetch)
+            self.batches[step] = Batch(self.sent, prompts, seed, fetch)
 
     def generate(self, prompts: list[list[int]], group_size: int, sampling: Sampling, seed: int) -> list[Sample]:
-        """As the sampler's own: what was written ahead for the next step, or else from the newest weights."""
+        """As the sampler's own: what was written ahead for the next step, or else answers of the newest weights."""
         batch = self.batches.get(self.step + 1)
         if batch is None or batch.seed != seed:
             self.give_newest()
@@ -82,7 +84,7 @@ class Ahead:
                 f"train() of the task gave other problems for step {self.step + 1} when it was asked again: with "
                 "staleness, they must follow from `rng` and `step` alone"
             )
-        return [sample._replace(age=self.step - batch.updates) for sample in self.batches.pop(self.step + 1).get()]
+        return [sample._replace(age=self.step - batch.after) for sample in self.batches.pop(self.step + 1).get()]
 
     def finish(self) -> None:
         """Waits for all that was begun."""
@@ -90,10 +92,10 @@ class Ahead:
             self.batches[step].get()
 
     def give_newest(self) -> None:
-        if self.given != self.step:
+        if self.sent != self.step:
             self.finish()
             self.sampler.sync()
-            self.given = self.step
+            self.sent = self.step
 
     def sleep(self) -> None:
         self.sampler.sleep()
@@ -110,7 +112,7 @@ class Ahead:
         self.finish()
         process = PartialState().process_index
         own = [
-            {"process": process, "step": step, "updates": b.updates, "prompts": b.prompts, "seed": b.seed}
+            {"process": process, "step": step, "after": b.after, "prompts": b.prompts, "seed": b.seed}
             | {"samples": [list(sample) for sample in b.get()]}
             for step, b in sorted(self.batches.items())
         ]
@@ -129,7 +131,7 @@ def read_batches(checkpoint: Path) -> dict[int, Batch]:
     for row in rows:
         if row["process"] == state.process_index:
             samples = [Sample(*sample) for sample in row["samples"]]
-            batches[row["step"]] = Batch(row["updates"], row["prompts"], row["seed"], lambda: [], samples)
+            batches[row["step"]] = Batch(row["after"], row["prompts"], row["seed"], lambda: [], samples)
     return batches
 
 

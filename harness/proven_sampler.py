@@ -59,8 +59,8 @@ def check_sampler(
         if (found := gap(samples)) > MAX_LOGP_GAP:
             raise UsageError(
                 f"{when}, vLLM's log-probs differ from the trainer's by {found:.3f} on average: it does not sample "
-                "from the policy that is trained. Use --sampler torch, and check that the versions in "
-                "requirements-gpu.txt are installed"
+                "from the policy that is trained. Is its version that of requirements-gpu.txt? The torch sampler needs "
+                "no weights of its own"
             )
         return samples
 

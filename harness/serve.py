@@ -1,11 +1,11 @@
 """Starts `vllm serve` so that a run can sample from it, and give it new weights.
 
-    python -m harness.serve --config configs/math-1.5b.yaml            on one GPU, and then, on another one:
-    python grpo.py --config configs/math-1.5b.yaml --server http://127.0.0.1:8000
+    CUDA_VISIBLE_DEVICES=1 python -m harness.serve --config configs/math-1.5b.yaml
+    python grpo.py --config configs/math-1.5b.yaml --server http://127.0.0.1:8000          in another terminal
 
-It takes the settings of the run, and --host and --port, and prints the line that it runs. The server begins with empty
-weights: the run brings them. Whoever reaches it can run code on it, so that it listens to this machine alone, unless
---host says otherwise.
+It takes the settings of the run, and --host and --port, and prints the line that it runs. The server begins with random
+weights: the run brings the real ones. Anyone who can reach it can run code on it, so it accepts connections from this
+machine only, unless --host says otherwise.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def command(folder: str, model_config, config: Config, bf16: bool, host: str, po
 
 
 def environment(gpu: str = "") -> dict[str, str]:
-    """With the routes for new weights; on one GPU, if it is named; two servers on a CPU do not take the same core."""
+    """With the routes for new weights; on one GPU, if it is named; and so that two servers on a CPU share its cores."""
     chosen = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     if gpu:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")

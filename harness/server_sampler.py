@@ -1,8 +1,8 @@
 """Sampling with `vllm serve`: answers come over HTTP, new weights go there by NCCL or in files.
 
-A server is a plain one, with vLLM's own routes; `python -m harness.serve` starts it as it must be. Its weights have a
-name, which every answer bears: `<run>-<n>` after the n-th time that this run has sent them. An answer with another name
-is not used. So it cannot matter when a server dies, or starts again: it gets the weights once more, and is asked again.
+A server is vLLM's own; `python -m harness.serve` starts it with the flags that it needs. Its weights have a name, which
+every answer carries: `<run>-<n>` after this run has sent them for the n-th time. An answer with another name is not
+used. So it does not matter when a server dies or starts again: it is given the weights once more, and is asked again.
 """
 
 import asyncio
@@ -37,8 +37,10 @@ from harness.vllm_sampler import longest_row, request_settings
 class ServerSampler:
     """Samples with one or several servers, among which the prompts are shared out.
 
-    `begin` does not wait for the answers: they may be written while something else is done.
+    `begin` does not wait for the answers: they are written while the caller does something else.
     """
+
+    PULSE = 10.0  # seconds between looks at a server that is writing
 
     def __init__(self, folder: str, model: nn.Module, eos_ids: list[int], config: Config, bf16: bool):
         self.model, self.eos, self.minutes, self.state = model, eos_ids, config.server_minutes, PartialState()
@@ -70,30 +72,12 @@ class ServerSampler:
 
     async def _look_at_servers(self, config: Config, longest: int, bf16: bool) -> None:
         """Raises UsageError for one that is not there, or that does not sample as this run needs it."""
-        wanted = {
-            "logprobs_mode": ("processed_logprobs", "--logprobs-mode processed_logprobs"),
-            "generation_config": ("vllm", "--generation-config vllm"),
-            "head_dtype": ("float32", """--hf-overrides '{"head_dtype": "float32"}'"""),
-            "dtype": (f"torch.{'bfloat16' if bf16 else 'float32'}", f"--dtype {'bfloat16' if bf16 else 'float32'}"),
-        }
-        if config.stop:
-            wanted["skip_tokenizer_init"] = (False, "no --skip-tokenizer-init, since there are stop strings")
         for server in self.servers:
             try:
-                server.kind = kind = await self._its_start(server)
+                server.kind = await self._its_start(server)
             except ServerGone as error:
                 raise UsageError(f"the server at {server.address} {error}. {serve_line(server.address)}") from error
-            for setting, (value, flag) in wanted.items():
-                if kind[setting] != value:
-                    raise UsageError(
-                        f"the server at {server.address} has {setting} {kind[setting]}, and this run needs {value}: "
-                        f"start it with {flag}. {serve_line(server.address)}"
-                    )
-            if kind["max_model_len"] < longest:
-                raise UsageError(
-                    f"the server at {server.address} takes rows of {kind['max_model_len']} tokens, and this run may "
-                    f"have {longest}: start it with --max-model-len {longest}"
-                )
+            server.check(config, longest, bf16)
             warn_of_strangers(server.address)
 
     async def _its_start(self, server: Server) -> dict:
@@ -145,12 +129,12 @@ class ServerSampler:
         return self.begin(prompts, group_size, sampling, seed).result()
 
     def begin(self, prompts: list[list[int]], group_size: int, sampling: Sampling, seed: int) -> Future:
-        """The same, from the weights that the servers have now, as soon as the result is asked for."""
+        """The same, but begun at once, with the weights that the servers have now; the result comes later."""
         asked = [(ids, request_settings(self.eos, group_size, sampling, seed, i)) for i, ids in enumerate(prompts)]
         return asyncio.run_coroutine_threadsafe(self._answers(asked, self.weights), self.loop)
 
     async def _answers(self, asked: list[tuple], name: str) -> list[Sample]:
-        """Of all servers together, in the order of the prompts: who answers does not matter, the seeds are theirs."""
+        """Of all servers together, in the order of the prompts. Each prompt has a seed, whoever answers it."""
         n = len(self.servers)
         shares = [self._share(server, asked[i::n], name) for i, server in enumerate(self.servers)]
         shares = await asyncio.gather(*shares)
@@ -159,25 +143,29 @@ class ServerSampler:
     async def _share(self, server: Server, asked: list[tuple], name: str) -> list[list[Sample]]:
         answers: list = [None] * len(asked)
 
+        async def ask(i: int):
+            answers[i] = await server.answer(*asked[i], name)
+
         async def ask_for_the_rest():
             rest = [i for i, answer in enumerate(answers) if answer is None]
-            found = await asyncio.gather(
-                *(server.answer(*asked[i], name) for i in rest), return_exceptions=True
-            )  # all of them: what one server has answered is not asked again
-            for i, answer in zip(rest, found, strict=True):
-                if not isinstance(answer, BaseException):
-                    answers[i] = answer
-            if errors := [answer for answer in found if isinstance(answer, BaseException)]:
+            writing = asyncio.gather(*map(ask, rest), return_exceptions=True)
+            try:
+                while not (await asyncio.wait([writing], timeout=self.PULSE))[0]:
+                    await server.weights()  # an answer may take as long as it likes, but the engine must be alive
+            except ServerGone:
+                writing.cancel()
+                raise
+            if errors := [error for error in writing.result() if error]:
                 raise next((error for error in errors if not isinstance(error, ServerGone)), errors[0])
 
         await self._persist(server, ask_for_the_rest, name)
         return answers
 
     async def _persist(self, server: Server, do, name: str) -> None:
-        """Does it; again, once a server that is gone is back and has the weights, for `server_minutes` at most.
+        """Runs `do`, and runs it again when a server that was gone has come back and been given the weights.
 
         Raises:
-            UsageError: it did not come back, or as another one.
+            UsageError: it did not come back within `server_minutes`, or came back as another one.
         """
         gone, wait = 0.0, 1.0
         while True:
@@ -191,8 +179,8 @@ class ServerSampler:
             while True:
                 if time.monotonic() - gone > 60 * self.minutes:
                     raise UsageError(
-                        f"the server at {server.address} {reason}, for {self.minutes:g} minutes. When it is there "
-                        "again, go on from the last checkpoint with --resume"
+                        f"the server at {server.address} {reason}, for {self.minutes:g} minutes. When it is back, go on "
+                        "from the last checkpoint with --resume"
                     ) from reason
                 await asyncio.sleep(wait)
                 wait = min(2 * wait, 10.0)
@@ -221,6 +209,7 @@ class ServerSampler:
             )
         async with server.is_brought_back:
             if (found := await server.weights()) == name:
+                await server.post("/resume")  # all that can be missing
                 return
             if found not in NAMELESS and not found.startswith(self.name):
                 raise UsageError(
@@ -237,7 +226,7 @@ class ServerSampler:
     # New weights
 
     def sleep(self) -> None:
-        """Before each update. A server needs its memory for itself."""
+        """Before each update. A server has memory of its own."""
 
     def sync(self) -> None:
         """Gives all servers the trainer's weights. What was begun before must have been fetched."""

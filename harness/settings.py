@@ -36,7 +36,7 @@ class Sample(NamedTuple):
     completion_ids: list[int]
     logps: list[float]  # of each completion token, under the distribution that was sampled from
     truncated: bool  # cut off at max_tokens
-    age: int = 0  # updates of the policy since the weights that wrote it
+    age: int = 0  # steps since the weights that wrote it
 
     @property
     def length(self) -> int:
@@ -81,15 +81,15 @@ class Config:
     sampler: Literal["auto", "vllm", "torch", "server"] = "auto"
     """what writes the completions: vllm, fast, torch, anywhere, or a server; auto is vllm on a CUDA GPU if installed"""
     server: str = ""
-    """sample with vLLM's servers at these addresses, with commas between several (docs/server.md)"""
+    """sample with the vLLM servers at these addresses, with commas between several (docs/server.md)"""
     serve_on: str = ""
-    """the same, with servers that the run starts and ends: on these GPUs of this machine, or on the cpu"""
+    """start vLLM servers for this run, on these GPUs of this machine, for example 2,3, or on the cpu"""
     server_minutes: float = 5.0
-    """how long a server may not answer, before the run stops; once it is back it gets the weights again"""
+    """how long to keep trying a server that is gone, before the run ends"""
     weights_folder: str = ""
-    """folder through which servers get new weights, if NCCL does not take them there; they must see it too"""
+    """folder that trainer and servers see: weights then go in files, and not by NCCL, and a server may restart"""
     staleness: int = 0
-    """answers may come from weights up to this many updates old: written while earlier steps train (docs/server.md)"""
+    """train on answers up to this many steps old, which were written while earlier steps trained (docs/server.md)"""
     kv_cache_gb: float = 0.0
     """memory for vLLM's key-value cache; 0 is what a step's completions need, at most half of what is free"""
     vllm_sleep: bool = False
@@ -259,6 +259,9 @@ class Config:
              "sampler is server: which one? --server http://127.0.0.1:8000, or --serve_on with a free GPU (or cpu)"),
             (self.staleness and self.vllm_sleep,
              "with staleness, vLLM must keep the older weights while the policy is trained: without vllm_sleep"),
+            (self.staleness and not self.samples_all_tokens,
+             "with staleness, the ratio is taken against the sampler's log-probs, which top_k and top_p change: leave "
+             "them off"),
             (self.overlong_share >= 1, f"overlong_share is {self.overlong_share}, it must be below 1; DAPO has 0.2"),
             (self.advantage == "maxrl" and (self.overlong_share or self.kl_in == "reward"),
              "advantage maxrl is for rewards of 0 and more, which overlong_share and kl_in reward can make negative"),

@@ -1,4 +1,4 @@
-"""What one `vllm serve` is asked over HTTP, by vLLM's own routes."""
+"""Requests to one `vllm serve` over HTTP, by vLLM's own routes."""
 
 import asyncio
 import ipaddress
@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from harness.serve import serve_line
-from harness.settings import Sample, UsageError
+from harness.settings import Config, Sample, UsageError
 
 CHANGING = "changing"  # the name of weights that are on their way
 NAMELESS = ("default", CHANGING)  # what a server calls weights that nobody has named, as after its start
@@ -17,7 +17,7 @@ ROUTES = {"/weight_info": "VLLM_SERVER_DEV_MODE=1 in its environment", "/inferen
 
 
 class ServerGone(Exception):
-    """It does not answer, or not as it should: that may change, and then the same question can be asked again."""
+    """There was no answer, or not the right one. Asking again later may work."""
 
 
 class Server:
@@ -26,10 +26,11 @@ class Server:
     def __init__(self, address: str, seconds: float):
         self.address, self.kind = address, {}  # what it said of itself at the start
         no_limit = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        # trust_env: a proxy of the environment is for the world outside
+        # without trust_env: proxies named in the environment are for the world outside
         self.client = httpx.AsyncClient(
             base_url=address, timeout=httpx.Timeout(seconds, connect=10), limits=no_limit, trust_env=False
         )
+        self.patience = min(60.0, seconds)  # for what takes no time
         self.is_brought_back = asyncio.Lock()
 
     async def ask(self, method: str, path: str, body: dict | None = None, timeout=httpx.USE_CLIENT_DEFAULT) -> dict:
@@ -55,7 +56,7 @@ class Server:
         raise UsageError(f"the server at {self.address} refuses {route}, {answer.status_code}: {answer.text[:300]}")
 
     async def get(self, path: str) -> dict:
-        return await self.ask("GET", path, timeout=30)
+        return await self.ask("GET", path, timeout=self.patience)
 
     async def post(self, path: str, **body) -> dict:
         return await self.ask("POST", path, body)
@@ -75,32 +76,56 @@ class Server:
         kind = {name: model.get(name) for name in names} | {"head_dtype": overrides.get("head_dtype")}
         return kind | {"version": version["version"], "transfer": transfer.get("backend")}
 
-    async def begin_change(self) -> None:
-        """No answer may have begun under other weights than it ends with: those that are being written are waited for.
+    def check(self, config: Config, longest: int, bf16: bool) -> None:
+        """Raises UsageError if its kind is not what the run needs; names the flag."""
+        dtype = "bfloat16" if bf16 else "float32"
+        wanted = {
+            "logprobs_mode": ("processed_logprobs", "--logprobs-mode processed_logprobs"),
+            "generation_config": ("vllm", "--generation-config vllm"),
+            "head_dtype": ("float32", """--hf-overrides '{"head_dtype": "float32"}'"""),
+            "dtype": (f"torch.{dtype}", f"--dtype {dtype}"),
+        }
+        if config.stop:
+            wanted["skip_tokenizer_init"] = (False, "no --skip-tokenizer-init, since there are stop strings")
+        for setting, (value, flag) in wanted.items():
+            if self.kind[setting] != value:
+                raise UsageError(
+                    f"the server at {self.address} has {setting} {self.kind[setting]}, and this run needs {value}: "
+                    f"start it with {flag}. {serve_line(self.address)}"
+                )
+        if self.kind["max_model_len"] < longest:
+            raise UsageError(
+                f"the server at {self.address} takes rows of {self.kind['max_model_len']} tokens, and this run may have "
+                f"{longest}: start it with --max-model-len {longest}"
+            )
 
-        Whatever happens before `end_change`, no answer will pass for one of a known policy.
+    async def begin_change(self) -> None:
+        """Waits for the answers in progress, so that each is written by the same weights from beginning to end.
+
+        Until `end_change`, no answer can be mistaken for one from known weights.
         """
         await self.post("/pause?mode=wait")
         await self.post("/update_weight_version", new_version=CHANGING)
 
     async def end_change(self, name: str) -> None:
-        await self.post("/update_weight_version", new_version=name)
         if not (await self.post("/reset_prefix_cache")).get("success"):
             raise ServerGone("did not reset its prefix cache: it would answer with keys of the old weights")
+        await self.post("/update_weight_version", new_version=name)
         await self.post("/resume")
 
     async def load(self, folder: Path, name: str) -> None:
         """New weights, from the file in `folder`."""
         await self.begin_change()
-        # it began with empty ones, load_format dummy, which is not how to read a file
+        # it was started with load_format dummy, that is with random weights; files have to be read
         formats = {"load_config": {"load_format": "safetensors"}}
         await self.post("/collective_rpc", method="update_config", kwargs={"overrides": formats})
         await self.post("/collective_rpc", method="reload_weights", kwargs={"weights_path": str(folder)})
         await self.end_change(name)
 
     async def answer(self, ids: list[int], settings: dict, name: str) -> list[Sample]:
-        """The completions of one prompt, which weights of this name have written, and no others."""
-        found = await self.post("/inference/v1/generate", token_ids=ids, sampling_params=settings)
+        """The completions of one prompt, if the weights of this name have written them, however long that takes."""
+        asked = dict(token_ids=ids, sampling_params=settings)
+        found = await self.ask("POST", "/inference/v1/generate", asked, timeout=httpx.Timeout(None, connect=10))
         samples = []
         for choice in sorted(found["choices"], key=lambda choice: choice["index"]):
             spoke = {span["version"] for span in choice["weight_versions"] or ()}
@@ -126,6 +151,6 @@ def is_here(address: str) -> bool:
 def warn_of_strangers(address: str) -> None:
     if not is_here(address):
         print(
-            f"{address}: whoever reaches this server can give it other weights and run code on it. It should be open "
-            "to this machine alone, by a firewall or an ssh tunnel (docs/server.md)"
+            f"{address}: anyone who can reach this server can replace its weights and run code on it. It belongs in a "
+            "network that is yours alone (docs/server.md)"
         )

@@ -25,7 +25,7 @@ KIND |= dict(generation_config="vllm", skip_tokenizer_init=False, hf_overrides={
 class StandIn:
     """`asked` lists the routes in the order in which they were asked.
 
-    `faults` holds (route, what) that befall the next requests: `500`, `drop`, `hang`, `die`, `abort`, `old`, or a
+    `faults` holds (route, what) that befall the next requests: `500`, `drop`, `die`, `abort`, `old`, or a
     function that is called before the answer.
     """
 
@@ -96,8 +96,6 @@ class StandIn:
             handler.connection.shutdown(socket.SHUT_RDWR)
             handler.close_connection = True
             return
-        if fault == "hang":
-            time.sleep(30)
         if fault == "500" or route in self.missing:
             answer, code = {"error": "told to fail"}, 500 if fault == "500" else 404
         else:
