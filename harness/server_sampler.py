@@ -134,7 +134,7 @@ class ServerSampler:
         return asyncio.run_coroutine_threadsafe(self._answers(asked, self.weights), self.loop)
 
     async def _answers(self, asked: list[tuple], name: str) -> list[Sample]:
-        """Of all servers together, in the order of the prompts. Each prompt has a seed, whoever answers it."""
+        """Of all servers together, in the order of the prompts. Each prompt has its seed, whoever answers it."""
         n = len(self.servers)
         shares = [self._share(server, asked[i::n], name) for i, server in enumerate(self.servers)]
         shares = await asyncio.gather(*shares)
@@ -179,8 +179,8 @@ class ServerSampler:
             while True:
                 if time.monotonic() - gone > 60 * self.minutes:
                     raise UsageError(
-                        f"the server at {server.address} {reason}, for {self.minutes:g} minutes. When it is back, go on "
-                        "from the last checkpoint with --resume"
+                        f"the server at {server.address} {reason}, for {self.minutes:g} minutes. When it is back, "
+                        "go on from the last checkpoint with --resume"
                     ) from reason
                 await asyncio.sleep(wait)
                 wait = min(2 * wait, 10.0)

@@ -95,8 +95,8 @@ class Server:
                 )
         if self.kind["max_model_len"] < longest:
             raise UsageError(
-                f"the server at {self.address} takes rows of {self.kind['max_model_len']} tokens, and this run may have "
-                f"{longest}: start it with --max-model-len {longest}"
+                f"the server at {self.address} takes rows of {self.kind['max_model_len']} tokens, and this run may "
+                f"have {longest}: start it with --max-model-len {longest}"
             )
 
     async def begin_change(self) -> None:

@@ -281,18 +281,19 @@ def test_a_server_that_does_not_take_the_weights_fails_the_self_test(config, ser
 
 
 @pytest.mark.slow
-def test_two_processes_have_one_server(folder, config, server, tmp_path):
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_have_one_server(kind, folder, config, server, tmp_path):
     """Each asks for a part of the answers; one gives the weights, while no answer is being written."""
     settings = dict(model=folder, task=PARITY, server=server.address, steps=4, prompts_per_step=5, lr=1e-2, staleness=1)
     settings |= dict(max_prompt_tokens=60, max_completion_tokens=8, eval_samples=1, task_args="{}", device="cpu")
-    done = test_parallel.grpo_run("ddp", tmp_path / "runs", **settings, save_steps=3)
+    done = test_parallel.grpo_run(kind, tmp_path / "runs", **settings, save_steps=3)
     assert not done.returncode, done.stderr[-3000:]
     (run,) = (tmp_path / "runs").iterdir()
     steps = rows(run, "metrics.jsonl")
     assert [row["age"] for row in steps] == [0, 1, 1, 1] and steps[0]["sampler_logp_gap"] < 1e-4
     assert all(0.01 < row["sampler_logp_gap"] for row in steps[1:]), "these are older"
     shutil.rmtree(run / "checkpoint-4")
-    done = test_parallel.launch("ddp", "grpo.py", "--resume", str(run))
+    done = test_parallel.launch(kind, "grpo.py", "--resume", str(run))
     assert not done.returncode, done.stderr[-3000:]
     assert rows(run, "metrics.jsonl") == steps
 
