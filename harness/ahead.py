@@ -54,7 +54,9 @@ class Ahead:
         self.sampler, self.task, self.tokenizer, self.config = run.sampler, run.task, run.tokenizer, config
         self.step = run.state["step"]  # the last one that was trained
         self.sent = self.step  # the one after which the sampler got its weights
-        self.batches: dict[int, Batch] = read_batches(run.checkpoint) if run.checkpoint else {}
+        self.batches: dict[int, Batch] = {}
+        if run.checkpoint and not run.folder.changed:  # other settings would write other answers
+            self.batches = read_batches(run.checkpoint)
         if not self.batches:
             next_sync = config.staleness * (self.step // config.staleness + 1)
             self.begin(range(self.step + 1, next_sync + 2))

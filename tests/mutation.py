@@ -69,7 +69,7 @@ def sources(root: Path = ROOT) -> list[Path]:
 def definitions(tree: ast.AST, prefix: str = ""):
     """(name, node) of every function, class and assigned name: `train`, `Policy.forward`, `ADVANTAGES`."""
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield prefix + node.name, node
             yield from definitions(node, f"{prefix}{node.name}.")
         elif isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign):

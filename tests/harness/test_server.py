@@ -589,6 +589,19 @@ def test_a_run_that_was_stopped_has_the_answers_that_it_would_have_had(k, stoppe
     assert (rows(run), rows(run, "metrics.jsonl")) == expected
 
 
+def test_answers_that_were_kept_are_not_used_with_other_settings(make_config):
+    run = grpo.train(stale(make_config, staleness=2, save_steps=1, steps=3))["run"]
+    words = [str(run / "checkpoint-2"), "--allow_changed", "group_size", "--group_size", "3"]
+    other = grpo.train(grpo.parse_config(["--resume", *words]))["run"]
+    assert len(rows(other)) == 2 * 16 + 12 and rows(other, "metrics.jsonl")[-1]["age"] == 0
+
+
+def test_a_run_that_gets_more_steps_goes_on_writing_ahead(make_config):
+    run = grpo.train(stale(make_config, staleness=1, steps=3))["run"]
+    grpo.train(grpo.parse_config(["--resume", str(run), "--steps", "6"]))
+    assert [row["age"] for row in rows(run, "metrics.jsonl")] == [0, 1, 1, 0, 1, 1]
+
+
 def test_answers_of_old_weights_set_off_no_alarm_but_the_same_gap_without_age_does(make_config, capsys):
     grpo.train(stale(make_config, staleness=1, lr=1e-2))
     assert "are its weights stale?" not in capsys.readouterr().out
