@@ -802,7 +802,7 @@ SERVERS = [
            "(await self.post('/reset_prefix_cache')).get('success')", "True"),
     mutant(f"{SERVER}new_weights_come_between_answers_and_not_into_them", "weights change while answers are written", "Server.begin_change",
            "await self.post('/pause?mode=wait')", "None"),
-    mutant(f"{SERVER}a_server_that_was_left_paused_goes_on", "a server stays paused", "ServerSampler._bring_back",
+    mutant(f"{SERVER}a_server_whose_return_was_broken_off_goes_on", "a server stays paused", "ServerSampler._bring_back",
            "await server.post('/resume')", "None"),
     mutant(f"{SERVER}another_run_that_takes_the_server_is_noticed", "two runs take the server from each other", "ServerSampler._bring_back",
            "found not in NAMELESS and not found.startswith(self.name)", "False"),

@@ -252,6 +252,15 @@ def test_a_server_that_was_left_paused_goes_on(folder, config, server):
         assert largest_gap(model, sampler.generate(PROMPTS, 2, grpo.Sampling(8), seed=0)) < 1e-4
 
 
+def test_a_server_whose_return_was_broken_off_goes_on(folder, config, server):
+    """It has the weights again and their name, and is still paused."""
+    _, sampler = sampler_of(folder, config)
+    server.restart()
+    server.faults.append(("/resume", "drop"))
+    assert len(sampler.begin(PROMPTS, 2, grpo.Sampling(8), seed=0).result(timeout=20)) == 10
+    assert not server.paused and not server.faults
+
+
 @pytest.mark.parametrize("what", ["version", "max_model_len", "model"])
 def test_a_server_that_comes_back_as_another_one_ends_the_run(what, folder, config, server):
     _, sampler = sampler_of(folder, config)
@@ -567,13 +576,14 @@ def test_which_weights_write_a_step(k, expected, make_config):
 
 @pytest.mark.parametrize("k", [0, 1, 2, 4])
 def test_an_evaluation_has_the_newest_weights_and_changes_no_answer(k, make_config):
-    often = grpo.train(stale(make_config, staleness=k, eval_steps=2))["run"]
-    seldom = grpo.train(stale(make_config, staleness=k, eval_steps=0))["run"]
+    settings = dict(staleness=k, lr=3e-3, task_args=dict(eval_size=20))
+    often = grpo.train(stale(make_config, **settings, eval_steps=2))["run"]
+    seldom = grpo.train(stale(make_config, **settings, eval_steps=0))["run"]
     assert rows(often) == rows(seldom) and rows(often, "metrics.jsonl") == rows(seldom, "metrics.jsonl")
-    last = rows(often, "eval.jsonl")[-1]
-    assert last == rows(seldom, "eval.jsonl")[-1]
-    again = stale(make_config, steps=0, model=str(often / "final"))
-    assert rows(grpo.train(again)["run"], "eval.jsonl")[0]["reward"] == last["reward"]
+    assert rows(often, "eval-7.jsonl") == rows(seldom, "eval-7.jsonl")
+    again = grpo.train(stale(make_config, **settings | dict(steps=0), model=str(often / "final")))["run"]
+    assert rows(again, "eval-0.jsonl") == rows(often, "eval-7.jsonl")
+    assert k != 2 or rows(often, "eval-6.jsonl") != rows(often, "eval-7.jsonl"), "those of the last change"
 
 
 @pytest.mark.parametrize("stopped", [1, 2, 3, 4, 5])
