@@ -112,18 +112,19 @@ compare(**{f"repaired_{key}": sum(row[key] for row in repaired[-5:]) / 5 for key
 arms = {arm: [one["rows"] for one in recorded(arm)] for arm in ("generous", "repaired")}
 figure = viz.curves(arms, ["correct", "length", "worked"], {"yours": experiments.means_of_five(repaired)})
 # %% [markdown]
-# ## A leak that nobody found
+# ## A leak that one run of three found
 # Paying 1 wherever the right number occurs, and nothing for equations, is a leak too: a list of all numbers would
 # always be paid. Recorded, with the settings of notebook 4:
 # %%
 anywhere = {arm: [one["rows"] for one in recorded(arm)] for arm in ("base", "anywhere")}
 figure = viz.curves(anywhere, ["reward", "correct", "length"])
 # %% [markdown]
-# Explain: why was this one not exploited?
+# Explain: why was this leak hardly exploited in two of the runs?
 #
 # Answer: The policy only finds what it already writes now and then. Honest work was one step away and paid as well; a
-# list of numbers was never sampled. That is luck, not safety: a weaker base, more steps or a higher temperature may
-# find it.
+# list of numbers was never sampled. That is luck, not safety. In the third run `reward` ends at 0.72 and `correct` at
+# 0.59: it writes `5*9=45;45-8=37<answer>3`. The last step has the right number, which is paid, so that nothing teaches
+# it to copy the answer with care.
 #
 # Explain: what would have told you during the run?
 #
