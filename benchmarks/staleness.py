@@ -1,11 +1,11 @@
-"""What answers of older weights do to learning, and what the ratio corrects: the small model, five seeds.
+"""How answers from older weights affect learning, and how well the ratio corrects it: the small model, five seeds.
 
     python benchmarks/staleness.py
 
-Every run is `python grpo.py --staleness K --seed S`, the default run, with the flags of its row. `the ratio`: the old
-log-probs are those of the weights that wrote the answers, and the clip acts on what is too far. `nothing`: the old
-ones are the trainer's own, so that an answer counts as if it were new. `capped weights`: the same, but each token is
-weighted by its probability under the trainer over that under the sampler, at most 2. Draws the curves, too.
+Every run is `python grpo.py --staleness K --steps 50 --eval_steps 0 --seed S`, with the flags of its row. `the ratio`:
+the old log-probs are those of the weights that wrote the answers, and the clip acts on what is too far. `nothing`: the
+old ones are the trainer's own, so that an answer counts as if it were new. `capped weights`: the same, but each token
+is weighted by its probability under the trainer over that under the sampler, at most 2. Draws the curves, too.
 """
 
 from statistics import fmean

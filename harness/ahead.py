@@ -57,14 +57,15 @@ class Ahead:
         self.batches: dict[int, Batch] = {}
         if run.checkpoint and not run.folder.changed:  # other settings would write other answers
             self.batches = read_batches(run.checkpoint)
-        if not self.batches:
-            next_sync = config.staleness * (self.step // config.staleness + 1)
-            self.begin(range(self.step + 1, next_sync + 2))
+        next_sync = config.staleness * (self.step // config.staleness + 1)
+        self.begin(range(self.step + 1, next_sync + 2))
 
     def begin(self, steps: range) -> None:
         for step in steps:
             if step > self.config.steps:
                 break
+            if step in self.batches:  # from the checkpoint
+                continue
             problems, _ = draw_prompts(self.task, self.tokenizer, self.config, step)
             prompts = [problem.ids for problem in parallel.share(problems)]
             seed = parallel.own_seed(self.config.step_seed(step))
@@ -139,6 +140,8 @@ def read_batches(checkpoint: Path) -> dict[int, Batch]:
 
 def written_ahead(run, config: Config):
     """The run's sampler, or `Ahead` around it, whose answers are kept in checkpoints."""
+    if hasattr(run.sampler, "close"):
+        run.folder.at_the_end.callback(run.sampler.close, run.folder.path)
     if not config.staleness:
         return run.sampler
     sampler = Ahead(run, config)

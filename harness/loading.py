@@ -5,6 +5,7 @@ import os
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,7 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
     parse_flag_from_env,
 )
 from jinja2 import TemplateError
@@ -277,7 +279,8 @@ def make_accelerator(config: Config) -> Accelerator:
         )
     if started > config.prompts_per_step:
         raise UsageError(f"{started} processes are to share {config.prompts_per_step} prompts_per_step: start fewer")
-    buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # or DDP would hold all gradients twice
+    handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]  # or DDP would hold all gradients twice
+    handlers += [InitProcessGroupKwargs(timeout=timedelta(minutes=30 + 3 * config.server_minutes))]
     fsdp = None
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         # left to itself, accelerate rounds to bf16 what comes out of the policy too: its log-probs
@@ -285,7 +288,7 @@ def make_accelerator(config: Config) -> Accelerator:
         fsdp = FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
     torch.backends.cuda.enable_cudnn_sdp(config.cudnn_attention)
     precision = "bf16" if use_bf16 else "no"
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, fsdp_plugin=fsdp, kwargs_handlers=[buckets])
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, fsdp_plugin=fsdp, kwargs_handlers=handlers)
     if accelerator.num_processes != started:  # they would be runs of their own, each like the others
         raise UsageError(f"{started} processes on {accelerator.device} cannot work together: try --device cpu")
     if accelerator.distributed_type == DistributedType.MULTI_CPU:

@@ -1,6 +1,7 @@
 """A sampler with weights of its own, and the proof that they follow those of the trainer."""
 
 from functools import partial
+from itertools import cycle, islice
 
 import torch
 from accelerate import Accelerator
@@ -51,7 +52,8 @@ def check_sampler(
     """
     gap = partial(logp_gap, policy, accelerator, config)
     # as long as they may be: a prefix cache works on whole blocks of tokens
-    prompts = [(ids * config.max_prompt_tokens)[: config.max_prompt_tokens] for ids in prompts[:4]]
+    number = max(4, len(getattr(sampler, "servers", ())))  # each server gets one
+    prompts = [(ids * config.max_prompt_tokens)[: config.max_prompt_tokens] for ids in islice(cycle(prompts), number)]
     sampling = Sampling(min(16, config.max_completion_tokens), config.temperature)
 
     def require_equal(when: str):

@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ class RunFolder:
 
     def __init__(self, path: Path, writes: bool = True):
         self.path, self.writes, self.engine = path, writes, None  # DeepSpeed's, which keeps the moments to itself
+        self.at_the_end = ExitStack()
         self.more_files: Callable[[], dict[str, str]] = dict  # what else is kept in checkpoints: names and texts
         self.evaluations: list[dict] = []  # the rows of eval.jsonl, once the run has started
         self.config: Config | None = None  # likewise; there is none in pretraining
@@ -68,8 +69,7 @@ class RunFolder:
 
     @classmethod
     def _make(cls, config: Config) -> Path:
-        fixed = json.dumps(fixed_settings(config), sort_keys=True)
-        digest = hashlib.sha256(fixed.encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(fixed_settings(config), sort_keys=True).encode()).hexdigest()
         task, model = (re.split("[/:]", name.rstrip("/"))[-1] for name in (config.task, config.model))
         name = f"{task}-{model}-s{config.seed}-{digest[:6]}"
         if config.steps == 0:  # a look at the base: the next look takes its place
@@ -89,10 +89,9 @@ class RunFolder:
         """That of `--resume`: a run's folder; of one of its checkpoints, a new run that begins with its first steps."""
         path = Path(resume)
         check_format_of(path)
-        if not re.fullmatch("checkpoint-[0-9]+", path.name):
-            return cls(path, writes).lock()
-        made = parallel.of_main_process(checkpoints.branch(path) if writes else None)
-        return cls(made, writes).lock()
+        if re.fullmatch("checkpoint-[0-9]+", path.name):
+            path = parallel.of_main_process(checkpoints.branch(path) if writes else None)
+        return cls(path, writes).lock()
 
     def lock(self) -> "RunFolder":
         """One process writes into a folder: raises UsageError if another one does."""
@@ -216,6 +215,7 @@ class RunFolder:
         self.wait_for_record()
         with may_fail("the end of the trackers"):
             self.trackers.finish()
+        self.at_the_end.close()
         if self.lock_held:
             self.lock_held.release()
         first, last = (self.evaluations[0], self.evaluations[-1]) if self.evaluations else (None, None)

@@ -28,7 +28,7 @@ import torch
 from accelerate import PartialState
 
 from harness import memory
-from harness.command_line import errors_as_lines, parse_config
+from harness.command_line import ArgumentParser, errors_as_lines, parse_config
 from harness.files import local_name
 from harness.loading import check_served, load_model_config
 from harness.settings import Config, UsageError
@@ -91,17 +91,34 @@ def chosen_gpus(config: Config) -> list[str]:
             raise UsageError(f"serve_on is {config.serve_on}, and there is no GPU here: cpu is what there is")
         return [""]
     gpus = [gpu.strip() for gpu in config.serve_on.split(",")]
+    if len(set(gpus)) < len(gpus):
+        raise UsageError(f"serve_on names a GPU twice: {config.serve_on}")
     for gpu in gpus:
-        if not gpu.isdigit() or not trained_on <= int(gpu) < here:
+        if not gpu.isdecimal() or not trained_on <= int(gpu) < here:
             free = ", ".join(map(str, range(trained_on, here))) or "none"
             raise UsageError(f"serve_on has {gpu!r}; the GPUs that do not train are {free}, of {here}")
     return gpus
 
 
+def lasting(folder: str) -> str:
+    """A folder from which a server can start again at any time: a checkpoint may be deleted, and its copy here is not.
+
+    Without weights, which the run brings.
+    """
+    if not Path(folder).name.startswith("checkpoint-"):
+        return folder
+    copy = tempfile.mkdtemp(prefix="grpo-served-")
+    weights = shutil.ignore_patterns("*.safetensors", "*.bin", "*.pt", "*.state", "*.jsonl", "deepspeed")
+    shutil.copytree(folder, copy, ignore=weights, dirs_exist_ok=True)
+    atexit.register(shutil.rmtree, copy, ignore_errors=True)
+    return copy
+
+
 class OwnServer:
     """A server that the run has started, and starts again where it has died. It ends with the run."""
 
-    PATIENCE = 120  # seconds without an answer, after which one that is running is started again
+    PATIENCE = 120  # seconds without an answer, after which one that is running is started again; or twice its start
+    START = 900  # seconds that a start may take
 
     def __init__(self, words: list[str], gpu: str, port: int):
         self.words, self.environment = words, environment(gpu)
@@ -109,7 +126,7 @@ class OwnServer:
         os.close(file)
         if shutil.which("setpriv"):  # the system then ends it, however the run ends
             self.words = ["setpriv", "--pdeathsig", "TERM", *words]
-        self.is_over = False
+        self.is_over, self.patience = False, self.PATIENCE
         self.start()
         atexit.register(self.close)
 
@@ -118,7 +135,7 @@ class OwnServer:
         """One on each GPU of `serve_on`, by address. Nothing is waited for."""
         if not find_spec("vllm"):
             raise UsageError("serve_on needs vLLM, which is not installed: pip install -r requirements-gpu.txt")
-        started = {}
+        started, folder = {}, lasting(folder)
         for gpu in chosen_gpus(config):
             port = free_port()
             server = cls(command(folder, model_config, config, bf16, "127.0.0.1", port), gpu, port)
@@ -134,15 +151,21 @@ class OwnServer:
             )
         self.started = time.monotonic()
 
+    def answers(self) -> None:
+        """Called at its first answer."""
+        self.patience = max(self.PATIENCE, 2 * (time.monotonic() - self.started))
+
     def check(self) -> None:
-        """Raises UsageError if it has ended."""
+        """Raises UsageError if it has ended, or does not come to an end of its start."""
         if self.process.poll() is not None:
             said = [line for line in Path(self.log).read_text(errors="replace").splitlines() if "Error" in line]
             raise UsageError(f"the server ended while it started: {said[-1] if said else 'see its log'} ({self.log})")
+        if time.monotonic() - self.started > self.START:
+            raise UsageError(f"the server has not answered for {self.START} s since it was started: see {self.log}")
 
     def revive(self, gone: float) -> None:
         """Starts it again if it has ended, or has not answered for long, since the time `gone`."""
-        is_stuck = time.monotonic() - max(gone, self.started) > self.PATIENCE
+        is_stuck = time.monotonic() - max(gone, self.started) > self.patience
         if (self.process.poll() is not None or is_stuck) and not self.is_over:
             self.end()
             self.start()
@@ -162,7 +185,7 @@ class OwnServer:
 
 def parse_arguments(argv: list[str]) -> tuple[str, int, Config]:
     """Host, port, and the settings of the run."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--host", default="127.0.0.1", help="the address that it listens on")

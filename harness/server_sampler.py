@@ -6,32 +6,33 @@ used. So it does not matter when a server dies or starts again: it is given the 
 """
 
 import asyncio
-import atexit
+import fcntl
 import os
 import shutil
-import socket
-import tempfile
 import threading
 import time
 import uuid
 from concurrent.futures import Future
-from contextlib import contextmanager
-from importlib import import_module
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from urllib.parse import urlsplit
 
-import psutil
 from accelerate import PartialState
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
 from harness import parallel
-from harness.serve import OwnServer, free_port, serve_line
+from harness.serve import OwnServer, serve_line
 from harness.settings import Config, Sample, Sampling, UsageError
-from harness.vllm_client import NAMELESS, Server, ServerGone, is_here, warn_of_strangers
+from harness.vllm_client import NAMELESS, Server, ServerGone, on_their_way, warn_of_strangers
 from harness.vllm_sampler import longest_row, request_settings
+from harness.weight_transfer import (
+    folder_for_weights,
+    name_of_run,
+    nccl_sender,
+    process_of,
+    reason_of,
+    write_weights,
+)
 
 
 class ServerSampler:
@@ -54,15 +55,15 @@ class ServerSampler:
                 self.own = OwnServer.start_all(folder, model.config, config, bf16)
             addresses = parallel.of_main_process(list(self.own))
         self.servers = [Server(address, 60 * config.server_minutes) for address in addresses]
-        self.name = parallel.of_main_process(f"grpo-{uuid.uuid4().hex[:8]}")
+        self.name = parallel.of_main_process(name_of_run(uuid.uuid4().hex[:8]))
         self.sent, self.weights = 0, "none"
         for process in range(self.state.num_processes):  # the first one knows how long its own servers need to start
             if process == self.state.process_index:
                 self.now(self._look_at_servers(config, longest_row(model.config, config), bf16))
             self.state.wait_for_everyone()
         asyncio.run_coroutine_threadsafe(self._watch_own(), self.loop)
-        self.home = self._folder_for_weights(config)
-        self.engines = [] if self.home else [self._nccl(server) for server in self.servers]
+        self.home = folder_for_weights(self.name, model, self.servers, config)
+        self.senders = [] if self.home else [self._nccl(server) for server in self.servers]
         self.sync()
 
     def now(self, coroutine):
@@ -75,16 +76,25 @@ class ServerSampler:
         for server in self.servers:
             try:
                 server.kind = await self._its_start(server)
+                has = await server.weights()
             except ServerGone as error:
                 raise UsageError(f"the server at {server.address} {error}. {serve_line(server.address)}") from error
             server.check(config, longest, bf16)
             warn_of_strangers(server.address)
+            other = process_of(owner(has))
+            if other not in (None, os.getpid()) and owner(has) != self.name:
+                raise UsageError(
+                    f"the server at {server.address} serves the run of process {other}: each run needs its own"
+                )
 
     async def _its_start(self, server: Server) -> dict:
         """What it says of itself; one that this run has started gets the time that it needs."""
         while True:
             try:
-                return await server.describe()
+                kind = await server.describe()
+                if own := self.own.get(server.address):
+                    own.answers()
+                return kind
             except ServerGone:
                 if server.address not in self.own:
                     raise
@@ -97,30 +107,6 @@ class ServerSampler:
             await asyncio.sleep(1)
             for server in self.own.values():
                 server.revive(time.monotonic())
-
-    def _folder_for_weights(self, config: Config) -> Path | None:
-        """Where files of weights go, which the servers read too; None where NCCL takes them there."""
-        transfers = {server.kind["transfer"] for server in self.servers}
-        if not config.weights_folder and self.state.device.type == "cuda" and transfers == {"nccl"}:
-            return None
-        if not config.weights_folder and not all(is_here(server.address) for server in self.servers):
-            raise UsageError(
-                "new weights reach a server on another machine by NCCL, between GPUs, if it was started with "
-                """--weight-transfer-config '{"backend": "nccl"}', or in files: --weights_folder, a folder that both """
-                "machines see"
-            )
-        home = None
-        if self.state.is_main_process:
-            where = Path(config.weights_folder or "/dev/shm")
-            size = sum(4 * p.numel() for p in self.model.parameters())
-            if not config.weights_folder and not (where.is_dir() and shutil.disk_usage(where).free > 2.5 * size):
-                where = Path(tempfile.gettempdir())  # in a container, /dev/shm often is small
-            remove_what_dead_runs_left(where)
-            home = where / f"{prefix_of_folders()}{os.getpid()}-{self.name}"
-            with of_the_folder(where):
-                home.mkdir(parents=True)
-            atexit.register(shutil.rmtree, home, ignore_errors=True)
-        return parallel.of_main_process(home)
 
     # Sampling
 
@@ -151,12 +137,18 @@ class ServerSampler:
             writing = asyncio.gather(*map(ask, rest), return_exceptions=True)
             try:
                 while not (await asyncio.wait([writing], timeout=self.PULSE))[0]:
-                    await server.weights()  # an answer may take as long as it likes, but the engine must be alive
-            except ServerGone:
-                writing.cancel()
-                raise
-            if errors := [error for error in writing.result() if error]:
-                raise next((error for error in errors if not isinstance(error, ServerGone)), errors[0])
+                    await server.pulse(name)  # an answer may take as long as it likes, from a server that is well
+                errors = [error for error in writing.result() if error]
+            except ServerGone as error:
+                errors = [error]
+            finally:
+                writing.cancel()  # before the same is asked again
+                with suppress(asyncio.CancelledError):
+                    await writing
+            if errors:
+                error = next((error for error in errors if not isinstance(error, ServerGone)), errors[0])
+                error.after_progress = any(answers[i] is not None for i in rest)
+                raise error
 
         await self._persist(server, ask_for_the_rest, name)
         return answers
@@ -173,6 +165,8 @@ class ServerSampler:
                 await do()
                 break
             except ServerGone as error:
+                if error.after_progress:
+                    gone, wait = 0.0, 1.0
                 gone, reason = gone or time.monotonic(), error
                 if wait == 1.0:
                     tqdm.write(f"the server at {server.address} {error}: trying for {self.minutes:g} minutes")
@@ -207,11 +201,11 @@ class ServerSampler:
                 f"the server at {server.address} came back as another one: {key} is {kind[key]}, and was "
                 f"{server.kind[key]}. Start it as it was, and go on from the last checkpoint with --resume"
             )
-        async with server.is_brought_back:
+        async with self._alone():
             if (found := await server.weights()) == name:
                 await server.post("/resume")  # all that can be missing
                 return
-            if found not in NAMELESS and not found.startswith(self.name):
+            if found != NAMELESS and owner(found) != self.name:
                 raise UsageError(
                     f"the server at {server.address} has the weights {found} of another run: give each run a server of "
                     "its own, and go on from the last checkpoint with --resume"
@@ -222,6 +216,16 @@ class ServerSampler:
                     "the last checkpoint with --resume (with --weights_folder, a run can give them again)"
                 )
             await server.load(self.home / name, name)
+
+    @asynccontextmanager
+    async def _alone(self):
+        """One process of the run at a time: several may find out that a server is back."""
+        if not self.home:
+            yield
+            return
+        with open(self.home / ".lock", "w") as lock:
+            await asyncio.to_thread(fcntl.lockf, lock, fcntl.LOCK_EX)
+            yield
 
     # New weights
 
@@ -236,98 +240,61 @@ class ServerSampler:
         if self.home:
             weights = {name: weight.cpu() for name, weight in parallel.whole_weights(self.model)}
             if self.state.is_main_process:
-                self._write(weights)
-                self.now(self._load_all())
+                write_weights(self.model, weights, self.home / self.weights)
+                self.now(self._load_all(is_first=self.sent == 1))
                 shutil.rmtree(self.home / before, ignore_errors=True)
         else:
-            for server, engine in zip(self.servers, self.engines, strict=True):
-                self._send(server, engine)
+            for server, sender in zip(self.servers, self.senders, strict=True):
+                self._send(server, sender)
         self.state.wait_for_everyone()
 
-    def _write(self, weights: dict) -> None:
-        """All weights, and the head by its own name too, which a server on a CPU needs where it is tied."""
-        head = self.model.get_output_embeddings()
-        name = next(name for name, module in self.model.named_modules() if module is head) + ".weight"
-        weights.setdefault(name, weights_of_tied_head(self.model, weights))
-        folder = self.home / self.weights
-        with of_the_folder(folder):
-            folder.mkdir()
-            save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / "model.safetensors")
+    async def _load_all(self, is_first: bool) -> None:
+        name, folder = self.weights, self.home / self.weights
 
-    async def _load_all(self) -> None:
-        name = self.weights
-        await asyncio.gather(*(
-            self._persist(server, lambda server=server: server.load(self.home / name, name), name)
-            for server in self.servers
-        ))  # fmt: skip
+        async def load(server: Server):
+            if not is_first:
+                await self._persist(server, lambda: server.load(folder, name), name)
+                return
+            try:
+                await server.load(folder, name)
+            except ServerGone as error:
+                raise UsageError(
+                    f"the server at {server.address} {error}. Does it see {folder}? Another place: --weights_folder"
+                ) from error
+
+        await asyncio.gather(*map(load, self.servers))
 
     def _nccl(self, server: Server):
-        """vLLM's sender of weights for this server, connected with it."""
-        nccl = import_module("vllm.distributed.weight_transfer.nccl_engine")
-        base, clients = (import_module(f"vllm.distributed.weight_transfer.{part}") for part in ("base", "clients"))
-        place = None
-        if self.state.is_main_process:
-            workers = self.now(server.get("/get_world_size"))["world_size"]
-            place = own_address(server.address), free_port(), 1 + workers
-        info = nccl.NCCLTrainerInitInfo(*parallel.of_main_process(place), rank=self.state.process_index)
-        client = clients.HTTPVLLMWeightSyncClient(server.address, timeout=60 * self.minutes)
         try:
-            return nccl.NCCLTrainerWeightTransferEngine.trainer_init(
-                info, client=client, source=base.ModuleSource(self.model)
-            )
-        except Exception as error:  # of vLLM, NCCL or HTTP
-            raise UsageError(
-                f"NCCL does not connect this GPU with the server at {server.address}: {str(error).splitlines()[0]}. "
-                "--weights_folder takes the weights there in files"
-            ) from error
+            workers = self.now(server.get("/get_world_size"))["world_size"]
+        except ServerGone as error:
+            raise UsageError(f"the server at {server.address} {error}") from error
+        return nccl_sender(server, workers, self.model, self.minutes)
 
-    def _send(self, server: Server, engine) -> None:
+    def _send(self, server: Server, sender) -> None:
         """By NCCL: all processes take part, since with FSDP all of them hold parts."""
         try:
             if self.state.is_main_process:
-                self.now(server.begin_change())
-            engine.send_weights()
+                self.now(server.begin_change(self.weights))
+            sender.send_weights()
             if self.state.is_main_process:
                 self.now(server.end_change(self.weights))
         except Exception as error:
             raise UsageError(
-                f"the server at {server.address} did not take new weights: {str(error).splitlines()[0]}. Go on from "
-                "the last checkpoint with --resume"
+                f"the server at {server.address} did not take new weights: {reason_of(error)}. Go on from the last "
+                "checkpoint with --resume"
             ) from error
 
-
-def weights_of_tied_head(model: nn.Module, weights: dict):
-    """Those of the embeddings, as a copy: a file of weights has each tensor once."""
-    table = model.get_input_embeddings()
-    name = next(name for name, module in model.named_modules() if module is table) + ".weight"
-    return weights[name].clone()
-
-
-def own_address(server: str) -> str:
-    """This machine's address, as that one sees it."""
-    parts = urlsplit(server)
-    with socket.create_connection((parts.hostname, parts.port or 80)) as connection:
-        return connection.getsockname()[0]
+    def close(self, folder: Path) -> None:
+        """Ends the servers that this run has started; what they said is kept in its folder. Removes the weights."""
+        for server in self.own.values():
+            server.close()
+            shutil.move(server.log, folder / Path(server.log).name)
+        if self.home and self.state.is_main_process:
+            shutil.rmtree(self.home, ignore_errors=True)
+        self.loop.call_soon_threadsafe(self.loop.stop)
 
 
-@contextmanager
-def of_the_folder(folder: Path):
-    """What cannot be written there is one line."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise UsageError(
-            f"weights for the servers cannot be written to {folder}: {error}. Another place: --weights_folder"
-        ) from error
-
-
-def prefix_of_folders() -> str:
-    return f"grpo-weights-{socket.gethostname()}-"
-
-
-def remove_what_dead_runs_left(where: Path) -> None:
-    """A run that was killed leaves its last weights behind."""
-    for folder in where.glob(f"{prefix_of_folders()}*"):
-        process = folder.name.removeprefix(prefix_of_folders()).partition("-")[0]
-        if process.isdigit() and not psutil.pid_exists(int(process)):
-            shutil.rmtree(folder, ignore_errors=True)
+def owner(weights: str) -> str:
+    """The run that gave weights this name."""
+    return weights.removesuffix(on_their_way("")).rpartition("-")[0]

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
+from urllib.parse import urlsplit
 
 from tasks import UsageError
 
@@ -228,8 +229,8 @@ class Config:
                 raise UsageError(f"reflection_words has {word!r}, which is no regular expression: {error}") from error
         if not all(isinstance(text, str) and text for text in self.stop):
             raise UsageError(f"stop is {self.stop!r}: each of its strings must have a character or more")
-        for address in self.servers:
-            if not re.fullmatch(r"https?://[^/\s]+", address):
+        for address in self.servers or [self.server] * bool(self.server):
+            if not is_address(address):
                 raise UsageError(f"server has {address!r}, which is no address like http://127.0.0.1:8000")
         if len(set(self.servers)) > self.prompts_per_step:
             raise UsageError(f"{len(self.servers)} servers are to share {self.prompts_per_step} prompts_per_step")
@@ -316,6 +317,13 @@ class Config:
     def most_likely(self) -> "Sampling":
         """Greedily, as an evaluation does besides."""
         return Sampling(self.max_completion_tokens, temperature=0.0, stop=tuple(self.stop))
+
+
+def is_address(text: str) -> bool:
+    try:
+        return bool(re.fullmatch(r"https?://[^/\s]+", text)) and urlsplit(text).port is not None
+    except ValueError:  # a port that is none, brackets that do not close
+        return False
 
 
 LOWEST = dict(group_size=2, prompts_per_step=1, max_prompt_tokens=1, max_completion_tokens=1, sample_rows=1, epochs=1)

@@ -58,6 +58,7 @@ SMALLEST = {
         [*ONE_RUN, "--seeds", "0", "--variants", "the defaults", "--out", "OUT/v.md"],
         ["v.md", "v.png"],
     ),
+    "staleness": ([*ONE_RUN, "--seeds", "0", "--arms", "1, nothing", "--out", "OUT/s.md"], ["s.md", "s.png"]),
     "workshop": ([*ONE_RUN, "--seeds", "0", "--arms", "base", "--out", "OUT/w.md"], ["w.md", "w.jsonl"]),
 }
 NEED_TRL = {"against_trl", "quarter_hour"}

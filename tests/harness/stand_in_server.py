@@ -113,6 +113,8 @@ class StandIn:
             return {"vllm_config": {"model_config": self.kind, "weight_transfer_config": None}}
         if route == "/weight_info":
             return {"weight_version": self.name}
+        if route == "/is_paused":
+            return {"is_paused": self.paused}
         if route in ("/pause", "/resume"):
             self.paused = route == "/pause"
         elif route == "/update_weight_version":

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from conftest import SHAPE
 from stand_in_server import StandIn
 
 import grpo
-from harness import ahead, loading, serve, server_sampler, vllm_client
+from harness import ahead, loading, serve, server_sampler, vllm_client, weight_transfer
 from harness.batching import policy_inputs
 from harness.prompts import draw_prompts
 from harness.server_sampler import ServerSampler
@@ -112,7 +113,7 @@ def test_a_server_writes_what_the_trainer_would_and_follows_its_weights(folder, 
 
 
 ROUTES_OF_A_CHANGE = [
-    "/pause", "/update_weight_version", "/collective_rpc", "/collective_rpc", "/reset_prefix_cache",
+    "/pause", "/update_weight_version", "/collective_rpc", "/collective_rpc", "/weight_info", "/reset_prefix_cache",
     "/update_weight_version", "/resume",
 ]  # fmt: skip
 
@@ -276,9 +277,88 @@ def test_a_server_that_comes_back_as_another_one_ends_the_run(what, folder, conf
 def test_another_run_that_takes_the_server_is_noticed(folder, config, server):
     _, sampler = sampler_of(folder, config)
     _, thief = sampler_of(folder, config)
-    with pytest.raises(UsageError, match="has the weights grpo-.*-1 of another run: give each run a server"):
+    with pytest.raises(UsageError, match="has the weights grpo-weights-.*-1 of another run: give each run a server"):
         sampler.generate(PROMPTS, 2, grpo.Sampling(8), seed=0)
     assert len(thief.generate(PROMPTS, 2, grpo.Sampling(8), seed=0)) == 10
+
+
+def test_a_server_that_serves_another_run_is_not_taken_from_it(folder, config, server, tmp_path):
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        theirs = weight_transfer.name_of_run("a1").replace(str(os.getpid()), str(other.pid))
+        server.name = f"{theirs}-3~"
+        assert f"serves the run of process {other.pid}: each run needs its own" in refused(config)
+    finally:
+        other.kill()
+        other.wait()
+    sampler_of(folder, config)  # and once that one is over, it may
+
+
+def test_weights_that_somebody_else_sends_in_between_do_not_get_our_name(folder, config, server):
+    """Whoever was here last may have changed them, whatever they are called."""
+    _, sampler = sampler_of(folder, config)
+
+    def intrude():
+        server.name = "theirs-1~"
+
+    server.faults.append(("/collective_rpc", intrude))
+    with pytest.raises(UsageError, match="has the weights theirs-1~ of another run"):
+        sampler.sync()
+
+
+def test_each_server_is_seen_to_follow(config, server, folder):
+    """Also if there are fewer problems than servers to see it with."""
+    other = StandIn(folder)
+    known = other.answer
+    other.answer = lambda route, *args: {"success": True} if route == "/collective_rpc" else known(route, *args)
+    try:
+        said = refused(config, server=f"{server.address},{other.address}")
+        assert "vLLM's log-probs differ from the trainer's by" in said
+    finally:
+        other.kill()
+
+
+def test_a_second_failure_has_its_own_time(folder, config, server):
+    """Where answers came in between, a server is not the same time gone."""
+    _, sampler = sampler_of(folder, replace(config, server_minutes=0.05))
+    expected = sampler.generate(PROMPTS, 2, grpo.Sampling(8), seed=0)
+    sampler.servers[0].room = server_sampler.asyncio.Semaphore(1)
+    pause = [("/inference/v1/generate", lambda: time.sleep(0.8)), ("/inference/v1/generate", "500")]
+    server.faults.extend(pause * 4)  # for more than three seconds in all
+    assert sampler.generate(PROMPTS, 2, grpo.Sampling(8), seed=0) == expected and not server.faults
+
+
+@pytest.mark.parametrize("how", ["paused", "another name"])
+def test_a_server_that_is_well_but_does_not_write_is_not_waited_for(how, folder, config, server, monkeypatch):
+    """As if somebody had paused it, or a change of weights had been broken off."""
+    monkeypatch.setattr(ServerSampler, "PULSE", 0.1)
+    _, sampler = sampler_of(folder, config)
+    expected = sampler.generate(PROMPTS, 2, grpo.Sampling(8), seed=0)
+    server.paused = True
+    if how == "another name":
+        server.name = f"{sampler.weights}~"
+    answers = sampler.begin(PROMPTS, 2, grpo.Sampling(8), seed=0)
+    assert answers.result(timeout=20) == expected
+
+
+def test_errors_of_a_server_are_one_line(folder, config, server):
+    _, sampler = sampler_of(folder, replace(config, server_minutes=0.01))
+    server.faults.extend([("/inference/v1/generate", "500")] * 100)
+    with pytest.raises(
+        UsageError, match="answers 500 to /inference/v1/generate: .*told to fail.*for 0.01 minutes"
+    ) as error:
+        sampler.generate(PROMPTS, 2, grpo.Sampling(8), seed=0)
+    assert "\n" not in str(error.value) and vllm_client.one_line(" a\n\n b") == "a b"
+
+
+def test_a_server_that_is_another_program(config, server, monkeypatch):
+    monkeypatch.setattr(server, "answer", lambda *args: {})
+    assert "answers, but not as vLLM 0.32 does" in refused(config)
+
+
+def test_a_server_does_not_take_the_weights_at_the_start(config, server):
+    server.faults.append(("/collective_rpc", "500"))
+    assert "Another place: --weights_folder" in refused(config)
 
 
 def test_a_server_that_does_not_take_the_weights_fails_the_self_test(config, server, monkeypatch):
@@ -311,9 +391,9 @@ def test_weights_are_removed_at_the_end_and_what_a_dead_run_left(folder, server,
     here = tmp_path / "weights"
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    dead = here / f"{server_sampler.prefix_of_folders()}{gone.pid}-grpo-1"
-    alive = here / f"{server_sampler.prefix_of_folders()}{os.getpid()}-grpo-2"
-    elsewhere = here / f"grpo-weights-elsewhere-{gone.pid}-grpo-3"
+    alive = here / weight_transfer.name_of_run("a1")
+    dead = here / alive.name.replace(str(os.getpid()), str(gone.pid))
+    elsewhere = here / f"grpo-weights-elsewhere-{gone.pid}-a3"
     for left in (dead, alive, elsewhere):
         left.mkdir(parents=True)
     words = f"grpo.py --model {folder} --task {PARITY} --server {server.address} --weights_folder {here} --steps 2 "
@@ -375,6 +455,11 @@ def test_stop_strings_need_a_tokenizer_there(config, server):
 def test_other_refusals(config, monkeypatch, tmp_path):
     for settings, said in [
         (dict(server="localhost:8000"), "which is no address like http://127.0.0.1:8000"),
+        (dict(server="http://127.0.0.1"), "which is no address like"),
+        (dict(server="http://127.0.0.1:abc"), "which is no address like"),
+        (dict(server="http://127.0.0.1:99999"), "which is no address like"),
+        (dict(server="http://[::1"), "which is no address like"),
+        (dict(server=" , "), "which is no address like"),
         (dict(server="http://a:1,http://a:1/"), "has an address twice"),
         (dict(server=",".join(f"http://a:{i}" for i in range(5))), "5 servers are to share 4 prompts_per_step"),
         (dict(serve_on="cpu"), "server names servers that there are, serve_on starts new ones"),
@@ -390,7 +475,7 @@ def test_other_refusals(config, monkeypatch, tmp_path):
     assert "the small model (mathformer) is not served" in refused(config, model="mathformer/pretrained")
     (tmp_path / "file").write_text("")
     assert "cannot be written to" in refused(config, weights_folder=str(tmp_path / "file"))
-    monkeypatch.setattr(server_sampler, "is_here", lambda address: False)
+    monkeypatch.setattr(weight_transfer, "is_here", lambda address: False)
     assert "or in files: --weights_folder, a folder that both machines see" in refused(config)
 
 
@@ -453,6 +538,22 @@ def test_servers_get_gpus_that_do_not_train(serve_on, visible, trainers, chosen,
         assert found == chosen
 
 
+def test_what_names_a_gpu_twice_or_no_gpu_is_refused(config, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for serve_on, said in (("1,1", "names a GPU twice"), ("\u00b2", "the GPUs that do not train are 1, 2, 3, of 4")):
+        with pytest.raises(UsageError, match=said):
+            serve.chosen_gpus(replace(config, server="", serve_on=serve_on))
+
+
+def test_a_server_can_start_again_after_its_checkpoint_is_gone(folder, tmp_path):
+    checkpoint = tmp_path / "checkpoint-2"
+    shutil.copytree(folder, checkpoint)
+    kept = serve.lasting(str(checkpoint))
+    shutil.rmtree(checkpoint)
+    assert loading.load_model_config(kept).model_type == "qwen2" and not list(Path(kept).glob("*.safetensors"))
+    assert serve.lasting(folder) == folder
+
+
 def test_servers_are_not_started_where_they_cannot_run(config, monkeypatch):
     config = replace(config, server="", serve_on="1")
     monkeypatch.setattr(serve, "find_spec", lambda name: None)
@@ -488,8 +589,8 @@ def test_a_server_of_the_run_is_started_again_and_ends_with_it(tmp_path):
     own.revive(0.0)
     time.sleep(0.2)
     for process in psutil.process_iter():
-        if process.status() != psutil.STATUS_ZOMBIE:
-            assert os.getpgid(process.pid) not in (first, second, group)
+        with suppress(psutil.NoSuchProcess, ProcessLookupError):
+            assert process.status() == psutil.STATUS_ZOMBIE or os.getpgid(process.pid) not in (first, second, group)
 
 
 def test_nccl_takes_the_weights_in_the_right_order(folder, config, server, monkeypatch):
@@ -509,8 +610,8 @@ def test_nccl_takes_the_weights_in_the_right_order(folder, config, server, monke
         NCCLTrainerWeightTransferEngine=Sender, NCCLTrainerInitInfo=lambda *args, rank: (*args, rank),
         HTTPVLLMWeightSyncClient=lambda address, timeout: address, ModuleSource=lambda model: model,
     ))  # fmt: skip
-    monkeypatch.setattr(server_sampler, "import_module", lambda name: part)
-    monkeypatch.setattr(ServerSampler, "_folder_for_weights", lambda *args: None)
+    monkeypatch.setattr(weight_transfer, "import_module", lambda name: part)
+    monkeypatch.setattr(server_sampler, "folder_for_weights", lambda *args: None)
     known = server.answer
     monkeypatch.setattr(server, "answer", lambda route, *args: (
         {"world_size": 2} if route == "/get_world_size" else known(route, *args)
@@ -519,7 +620,7 @@ def test_nccl_takes_the_weights_in_the_right_order(folder, config, server, monke
     ((host, port, world, rank), client, source), *_ = calls
     assert (host, world, rank, client, source) == ("127.0.0.1", 3, 0, server.address, model) and port > 1023
     expected = [*ROUTES_OF_A_CHANGE[:2], "send_weights", *ROUTES_OF_A_CHANGE[4:]]
-    assert server.asked[-6:] == expected
+    assert server.asked[-7:] == expected
     assert server.name == sampler.weights
     server.restart()
     with pytest.raises(UsageError, match="has lost its weights, and NCCL's connection with them"):
@@ -606,10 +707,15 @@ def test_answers_that_were_kept_are_not_used_with_other_settings(make_config):
     assert len(rows(other)) == 2 * 16 + 12 and rows(other, "metrics.jsonl")[-1]["age"] == 0
 
 
-def test_a_run_that_gets_more_steps_goes_on_writing_ahead(make_config):
-    run = grpo.train(stale(make_config, staleness=1, steps=3))["run"]
-    grpo.train(grpo.parse_config(["--resume", str(run), "--steps", "6"]))
-    assert [row["age"] for row in rows(run, "metrics.jsonl")] == [0, 1, 1, 0, 1, 1]
+@pytest.mark.parametrize(
+    "k, steps, resumed, ages", [(1, 3, 3, [0, 1, 1, 0, 1, 1, 1, 1]), (4, 6, 4, [0, 1, 2, 3, 4, 1, 2, 3])]
+)
+def test_a_run_that_gets_more_steps_goes_on_writing_ahead(k, steps, resumed, ages, make_config):
+    run = grpo.train(stale(make_config, staleness=k, steps=steps, save_steps=1))["run"]
+    for step in range(resumed + 1, steps + 1):
+        shutil.rmtree(run / f"checkpoint-{step}")
+    grpo.train(grpo.parse_config(["--resume", str(run), "--steps", "8"]))
+    assert [row["age"] for row in rows(run, "metrics.jsonl")] == ages
 
 
 def test_answers_of_old_weights_set_off_no_alarm_but_the_same_gap_without_age_does(make_config, capsys):
