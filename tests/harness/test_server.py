@@ -320,11 +320,12 @@ def test_each_server_is_seen_to_follow(config, server, folder):
 
 def test_a_second_failure_has_its_own_time(folder, config, server):
     """Where answers came in between, a server is not the same time gone."""
-    _, sampler = sampler_of(folder, replace(config, server_minutes=0.05))
+    _, sampler = sampler_of(folder, replace(config, server_minutes=0.015))
     expected = sampler.generate(PROMPTS, 2, grpo.Sampling(8), seed=0)
     sampler.servers[0].room = server_sampler.asyncio.Semaphore(1)
-    pause = [("/inference/v1/generate", lambda: time.sleep(0.8)), ("/inference/v1/generate", "500")]
-    server.faults.extend(pause * 4)  # for more than three seconds in all
+    slowly = lambda: time.sleep(1.2)  # noqa: E731
+    faults = [None, "500", None, "500", None, "500", slowly, "500"]  # two of five prompts are asked again, then one
+    server.faults.extend(("/inference/v1/generate", fault) for fault in faults)
     assert sampler.generate(PROMPTS, 2, grpo.Sampling(8), seed=0) == expected and not server.faults
 
 
