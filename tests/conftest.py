@@ -33,6 +33,7 @@ from transformers import (
 
 import grpo
 from harness import curves, smollm2
+from harness.batching import policy_inputs
 from mathformer.tokenizer import build_tokenizer
 from mathformer.train import build_model
 from tasks import UsageError
@@ -234,6 +235,13 @@ def expected_loss(model, rollouts: list[grpo.Rollout], config: grpo.Config) -> t
             kl = kl if config.kl_in == "loss" else 0.0
             total = total + weight * (-surrogate + config.kl_coef * kl - config.entropy_coef * entropy)
     return total
+
+
+def largest_gap(model, samples) -> float:
+    """Of the samplers' log-probs and those of the model, over all tokens."""
+    with torch.no_grad():
+        logps, _ = grpo.Policy(model)(**policy_inputs(samples, "cpu"))
+    return max((logps[i, : s.length] - torch.tensor(s.logps)).abs().max().item() for i, s in enumerate(samples))
 
 
 def updated(model, rollouts, config, accelerator) -> tuple[dict, dict]:

@@ -20,12 +20,11 @@ import pytest
 import test_parallel
 import torch
 import transformers
-from conftest import SHAPE
+from conftest import SHAPE, largest_gap
 from stand_in_server import StandIn
 
 import grpo
 from harness import ahead, loading, serve, server_sampler, vllm_client, weight_transfer
-from harness.batching import policy_inputs
 from harness.prompts import draw_prompts
 from harness.server_sampler import ServerSampler
 from harness.settings import UsageError
@@ -75,12 +74,6 @@ def rows(run: Path, name: str = "rollouts.jsonl") -> list[dict]:
 def sampler_of(folder, config) -> tuple:
     model, _ = loading.load_model(folder)
     return model, ServerSampler(folder, model, [2], config, bf16=False)
-
-
-def largest_gap(model, samples) -> float:
-    with torch.no_grad():
-        logps, _ = grpo.Policy(model)(**policy_inputs(samples, "cpu"))
-    return max((logps[i, : s.length] - torch.tensor(s.logps)).abs().max().item() for i, s in enumerate(samples))
 
 
 def change(model) -> None:

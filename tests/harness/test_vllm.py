@@ -14,7 +14,7 @@ import test_parallel
 import torch
 import transformers
 from accelerate.state import AcceleratorState
-from conftest import largest_difference, updated
+from conftest import largest_difference, largest_gap, updated
 
 from harness.batching import policy_inputs
 from harness.prompts import Problem, encode_prompt
@@ -62,12 +62,6 @@ def folder(request, tmp_path, tokenizer):
 def config(folder, tmp_path):
     settings = dict(prompts_per_step=4, group_size=4, max_prompt_tokens=160, max_completion_tokens=24, kv_cache_gb=0.1)
     return grpo.Config(model=folder, task="arithmetic", runs=str(tmp_path / "runs"), sampler="vllm", **settings)
-
-
-def largest_gap(model, rollouts) -> float:
-    with torch.no_grad():
-        logps, _ = grpo.Policy(model)(**policy_inputs(rollouts, "cpu"))
-    return max((logps[i, : r.length] - torch.tensor(r.logps)).abs().max().item() for i, r in enumerate(rollouts))
 
 
 class NoEngine:

@@ -13,9 +13,9 @@ import pytest
 import test_parallel
 import torch
 import transformers
+from conftest import largest_gap
 
 from harness import loading, serve
-from harness.batching import policy_inputs
 from harness.server_sampler import ServerSampler
 from harness.vllm_sampler import VLLMSampler
 
@@ -77,12 +77,6 @@ def change(model) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-
-
-def largest_gap(model, samples) -> float:
-    with torch.no_grad():
-        logps, _ = grpo.Policy(model)(**policy_inputs(samples, "cpu"))
-    return max((logps[i, : s.length] - torch.tensor(s.logps)).abs().max().item() for i, s in enumerate(samples))
 
 
 def same_but_for_rounding(found, expected) -> None:
