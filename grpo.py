@@ -76,7 +76,6 @@ class Rollout:
     completion_ids: list[int]  # with the end-of-sequence token, if the model wrote it
     logps: list[float]  # the sampler's log-prob of each completion token
     truncated: bool  # cut off at max_completion_tokens
-    age: int = 0  # steps since its weights
     prompt: str = ""
     text: str = ""  # what the verifier judges: the completion, without the end-of-sequence token
     parts: dict = field(default_factory=dict)  # what the task's reward() returned
@@ -84,6 +83,7 @@ class Rollout:
     penalty: float = 0.0  # taken off the reward before it becomes an advantage
     advantage: float = 0.0
     dead: bool = False  # reward - penalty is the same in the whole group
+    age: int = 0  # steps since the weights that wrote it
     old_logps: list[float] | None = None  # the trainer's, before the update, if asked for
     ref_logps: list[float] | None = None  # under the reference model, if there is one
 
@@ -210,7 +210,7 @@ def complete(
     problems, seed = parallel.share(problems), parallel.own_seed(seed)
     prefix_ids = tokenizer(prefix, add_special_tokens=False)["input_ids"] if prefix else []
     samples = sampler.generate([p.ids + prefix_ids for p in problems], group_size, sampling, seed)
-    rollouts = [Rollout(*sample) for sample in samples]
+    rollouts = [Rollout(**sample._asdict()) for sample in samples]
     for i, r in enumerate(rollouts):
         problem = problems[i // group_size]
         r.prompt, r.text = problem.prompt, problem.begun + prefix

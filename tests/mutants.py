@@ -357,7 +357,7 @@ SEAMS = [
     mutant("test_sampler.py::test_sampler_and_trainer_agree_on_ragged_rows", "the first rows move up, not the last",
            "close_gaps", "left + (~stopped[left:]).nonzero()[:, 0]", "(~stopped[left:]).nonzero()[:, 0]"),
     mutant("test_pitfalls.py::test_23_truncated_answers_are_shown_and_can_be_masked", "what was cut off is lost on the way",
-           "complete", "[Rollout(*sample) for sample in samples]", "[Rollout(*sample[:3], False) for sample in samples]"),
+           "complete", "[Rollout(**sample._asdict()) for sample in samples]", "[Rollout(*sample[:3], False) for sample in samples]"),
     mutant("test_loss.py::test_old_logps_of_the_trainer_are_used", "log-probs in the order of the microbatches",
            "logps_under", "sorted(parallel.join(found))", "parallel.join(found)"),
     mutant("test_variants.py::test_dead_groups_are_replaced_by_fresh_ones", "tokens of the last draw alone", "collect",

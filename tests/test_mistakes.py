@@ -63,7 +63,7 @@ AT_ONCE = [
     ("grpo.py --lr 1e-3x", "lr is '1e-3x', it must be a number"),
     ("grpo.py --lr nan", "lr is 'nan', it must be"),
     ("grpo.py --advantage gpro", "one of grpo, dr_grpo, rloo, batch, maxrl; did you mean grpo?"),
-    ("grpo.py --sampler vlm", "one of auto, vllm, torch; did you mean vllm?"),
+    ("grpo.py --sampler vlm", "one of auto, vllm, torch, server; did you mean vllm?"),
     ("grpo.py --device gpu", "one of auto, cpu, cuda, mps; did you mean cuda?"),
     ("grpo.py --precision fp8", "one of auto, fp32, bf16"),
     ("grpo.py --vllm_sleep maybe", "vllm_sleep is 'maybe', it must be true or false"),

@@ -129,8 +129,8 @@ def test_a_run_ends_with_the_commands_that_show_it(run, pays_length, capsys):
 def test_every_metric_is_logged_under_its_name(run, pays_length):
     row = rows(run(kl_coef=0.01)["run"], "metrics.jsonl")[0]
     names = "step reward reward_std penalty correct format worked pass_at_group zero_advantage_groups length "
-    names += "length_correct length_wrong truncated reflections loss kl_ref kl_coef entropy grad_norm lr clipped_low "
-    names += "clipped_high ratio_max sampler_kl sampler_logp_gap skipped_updates prompts_too_long tokens "
+    names += "length_correct length_wrong truncated reflections age loss kl_ref kl_coef entropy grad_norm lr "
+    names += "clipped_low clipped_high ratio_max sampler_kl sampler_logp_gap skipped_updates prompts_too_long tokens "
     names += "tokens_per_second resampled_groups nonfinite_updates "
     names += "seconds_sample seconds_train seconds_sync peak_memory"
     assert set(row) == set(names.split())

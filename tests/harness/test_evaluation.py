@@ -58,11 +58,11 @@ def test_rollout_metrics_by_hand(make_config):
         rollout(0.5, 6, text="Wait, let me check", format=0.0, dead=True, worked=1.0),
         rollout(0.5, 8, dead=True, worked=0.0),
     ]
-    rollouts[0].penalty = 0.5
+    rollouts[0].penalty, rollouts[1].age = 0.5, 3
     metrics = rollout_metrics(rollouts, make_config(group_size=2))
     expected = dict(reward=0.5, correct=0.25, format=0.75, pass_at_group=0.5, zero_advantage_groups=0.5, length=5.0)
     expected |= dict(length_correct=2.0, length_wrong=6.0, truncated=0.25, reflections=0.25, worked=0.5)
-    expected |= dict(reward_std=0.5**0.5 / 2, penalty=0.125)
+    expected |= dict(reward_std=0.5**0.5 / 2, penalty=0.125, age=0.75)
     assert metrics.keys() == expected.keys()
     for key, value in expected.items():
         assert is_close(metrics[key], value), key

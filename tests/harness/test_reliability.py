@@ -289,7 +289,7 @@ def test_an_error_on_the_way_begins_a_line_of_its_own(tmp_path):
     assert "step/s" in done.stderr, "there was a bar"
 
 
-HEALTHY = dict(step=1, zero_advantage_groups=0.5, truncated=0.1, kl_ref=0.1, sampler_logp_gap=1e-4)
+HEALTHY = dict(step=1, zero_advantage_groups=0.5, truncated=0.1, kl_ref=0.1, sampler_logp_gap=1e-4, age=0.0)
 HEALTHY |= dict(nonfinite_updates=0, skipped_updates=0)
 
 

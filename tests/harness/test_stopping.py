@@ -115,7 +115,7 @@ def test_the_sampler_ends_a_row_with_the_token_that_completes_a_string(model, to
         ended_by_string += by_string
         assert sample.truncated == (not by_string and sample.completion_ids[-1] != tokenizer.eos_token_id)
         assert len(sample.logps) == sample.length
-        r = grpo.Rollout(*sample)
+        r = grpo.Rollout(**sample._asdict())
         assert torch.allclose(row_logps(model, r), torch.tensor(sample.logps).double(), atol=1e-4)
     assert ended_by_string > 10 and sum(map(len, (s.completion_ids for s in found))) < sum(s.length for s in plain)
 

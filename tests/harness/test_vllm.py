@@ -259,7 +259,7 @@ def test_the_gradient_is_that_of_the_torch_sampler(folder, config, accelerator):
     """Of the same completions, with the log-probs of the one and of the other."""
     model, _ = loading.load_model(folder)
     samples = VLLMSampler(folder, model, [2], config, bf16=False).generate(PROMPTS, 8, grpo.Sampling(24), seed=3)
-    rollouts = [grpo.Rollout(*sample) for sample in samples]
+    rollouts = [grpo.Rollout(**sample._asdict()) for sample in samples]
     with torch.no_grad():
         logps, _ = grpo.Policy(model)(**policy_inputs(rollouts, "cpu"))
     for i, r in enumerate(rollouts):

@@ -198,7 +198,7 @@ def test_empty_and_unreadable_files_are_said(make_run):
 
 def test_metrics_of_another_version_are_named(make_run):
     notes = run_data(make_run())["notes"]
-    assert len(notes) == 1 and "metrics.jsonl has no clipped_high, clipped_low, entropy" in notes[0]
+    assert len(notes) == 1 and "metrics.jsonl has no age, clipped_high, clipped_low, entropy" in notes[0]
     assert "reward" not in notes[0] and "worked" not in notes[0]
 
 
