@@ -61,7 +61,7 @@ class ServerSampler:
             if process == self.state.process_index:
                 self.now(self._look_at_servers(config, longest_row(model.config, config), bf16))
             self.state.wait_for_everyone()
-        asyncio.run_coroutine_threadsafe(self._watch_own(), self.loop)
+        self.watching = asyncio.run_coroutine_threadsafe(self._watch_own(), self.loop)
         self.home = folder_for_weights(self.name, model, self.servers, config)
         self.senders = [] if self.home else [self._nccl(server) for server in self.servers]
         self.sync()
@@ -292,6 +292,8 @@ class ServerSampler:
             shutil.move(server.log, folder / Path(server.log).name)
         if self.home and self.state.is_main_process:
             shutil.rmtree(self.home, ignore_errors=True)
+        self.watching.cancel()
+        self.now(asyncio.sleep(0.1))  # until that is done
         self.loop.call_soon_threadsafe(self.loop.stop)
 
 

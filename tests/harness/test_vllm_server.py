@@ -166,6 +166,12 @@ def test_a_run_as_users_start_it(folder, tmp_path):
     assert max(row["sampler_logp_gap"] for row in found["server"][1]) < 1e-3
     assert [row["age"] for row in found["ahead"][1]] == [0, 1, 1, 1]
     assert min(row["sampler_logp_gap"] for row in found["ahead"][1][1:]) > 0.01
+    words = [sys.executable, "grpo.py", *flags, "--serve_on", "cpu", "--steps", "1", "--runs", str(tmp_path / "own")]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert not done.returncode and "Task was destroyed" not in done.stderr, done.stderr[-3000:]
+    (run,) = (tmp_path / "own").iterdir()
+    (log,) = run.glob("grpo-server-*.log")
+    assert "Application startup complete" in log.read_text()
 
 
 @pytest.mark.slow
