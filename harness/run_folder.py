@@ -133,7 +133,7 @@ class RunFolder:
             print(f"{name} was {was!r} up to step {step}, and is {now!r} from now on")
         if self.changed:
             self.append("changes.jsonl", [{"step": step, "changed": self.changed}])
-        self.config, self.evaluations = config, self.read("eval.jsonl")
+        self.config, self.evaluations = config, parallel.of_main_process(self.read("eval.jsonl"))  # which has cut it
         self.trackers = Trackers(config if self.writes else replace(config, report_to=""), self.path, step)
 
     def wait_for_record(self) -> None:

@@ -14,6 +14,7 @@ import several_processes
 import torch
 
 from harness import loading, parallel
+from harness.run_folder import RunFolder
 from harness.settings import UsageError
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--config_file"]
@@ -165,6 +166,15 @@ def test_a_signal_stops_all_after_the_same_step(signalled, tmp_path):
     (checkpoint,) = folder.glob("checkpoint-*")
     assert f"stopped after step {checkpoint.name.split('-')[1]}" in printed
     assert len(rows(folder, "metrics.jsonl")) == int(checkpoint.name.split("-")[1])
+
+
+def test_all_know_the_evaluations_that_the_main_process_kept(make_config, monkeypatch):
+    """It cuts off later ones when a run goes on, and another process may read the file before that."""
+    folder, kept = RunFolder.create(make_config()), [{"step": 2}]
+    (folder.path / "eval.jsonl").write_text('{"step": 2}\n{"step": 4}\n')
+    monkeypatch.setattr(parallel, "of_main_process", lambda value: kept)
+    folder.start(make_config(), 2)
+    assert folder.evaluations == kept
 
 
 def test_more_processes_than_prompts_are_refused(make_config, monkeypatch):
