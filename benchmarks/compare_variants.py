@@ -41,8 +41,12 @@ def run(arm: list[str], steps: int, seed: int) -> dict:
     with finished(*command, *flags(steps=steps, seed=seed, eval_steps=0), OMP_NUM_THREADS="1") as done:
         row, metrics = done.read("eval.jsonl")[-1], done.read("metrics.jsonl")
     row |= {"seconds": done.seconds, "tokens": metrics[-1]["tokens"], "rewards": [m["reward"] for m in metrics]}
-    row["clipped"] = fmean((m["clipped_low"] or 0) + (m["clipped_high"] or 0) for m in metrics)
-    return row
+    return row | {"clipped": clipped(metrics)}
+
+
+def clipped(metrics: list[dict]) -> float:
+    """The share of trained tokens that the clip acted on, mean of the steps."""
+    return fmean((m["clipped_low"] or 0) + (m["clipped_high"] or 0) for m in metrics)
 
 
 def plot(results: dict[str, list[dict]], path: Path) -> None:

@@ -11,7 +11,7 @@ is weighted by its probability under the trainer over that under the sampler, at
 from statistics import fmean
 
 from common import arguments, arms_times_seeds, finished, flags, of_seeds, origin, table, write
-from compare_variants import plot
+from compare_variants import clipped, plot
 
 CORRECTIONS = {
     "the ratio": [],
@@ -33,7 +33,7 @@ def run(arm: list[str], steps: int, seed: int) -> dict:
         row, metrics = done.read("eval.jsonl")[-1], done.read("metrics.jsonl")
     row |= {"rewards": [m["reward"] for m in metrics], "area": fmean(m["reward"] for m in metrics)}
     row |= {"age": fmean(m["age"] for m in metrics), "gap": fmean(m["sampler_logp_gap"] or 0 for m in metrics)}
-    return row | {"clipped": fmean((m["clipped_low"] or 0) + (m["clipped_high"] or 0) for m in metrics)}
+    return row | {"clipped": clipped(metrics)}
 
 
 def main() -> None:
@@ -45,8 +45,8 @@ def main() -> None:
     )
     about = (
         f"{origin(begin, 'torch', 'Python')} Each cell has the seeds. Accuracy and clipped tokens in percent, accuracy "
-        "on problems that are in no training; age in updates, and gap (mean |difference| of the log-probs of sampler "
-        "and trainer), as means over the steps."
+        "on problems that are in no training; age in steps of four updates, and gap (mean |difference| of log-probs "
+        "of sampler and trainer), as means over the steps."
     )
     rows = [[name, " ".join(ARMS[name]), *of_seeds(found, COLUMNS)] for name, found in results.items()]
     write(options.out, about, table(f"staleness, corrected by | flags | {' | '.join(COLUMNS)}", rows))

@@ -15,6 +15,11 @@ from tqdm import tqdm
 SLOW = 1.0  # seconds: what takes less is not worth a line
 
 
+def reason_of(error: Exception) -> str:
+    """The first line of what an error says, or its kind if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 @contextmanager
 def stage(what: str, is_slow: bool = False):
     """A part of the start: a line once it has taken a second, or at once if it `is_slow`; and a line at its end."""

@@ -21,18 +21,12 @@ from torch import nn
 from tqdm import tqdm
 
 from harness import parallel
+from harness.messages import reason_of
 from harness.serve import OwnServer, serve_line
 from harness.settings import Config, Sample, Sampling, UsageError
 from harness.vllm_client import NAMELESS, Server, ServerGone, on_their_way, warn_of_strangers
 from harness.vllm_sampler import longest_row, request_settings
-from harness.weight_transfer import (
-    folder_for_weights,
-    name_of_run,
-    nccl_sender,
-    process_of,
-    reason_of,
-    write_weights,
-)
+from harness.weight_transfer import folder_for_weights, name_of_run, nccl_sender, process_of, write_weights
 
 
 class ServerSampler:

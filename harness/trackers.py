@@ -14,6 +14,7 @@ from typing import Any
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from harness.files import may_fail
+from harness.messages import reason_of
 from harness.settings import Config, UsageError
 
 NAMES = ("tensorboard", "wandb", "trackio")
@@ -55,8 +56,9 @@ class Trackers:
             try:
                 tracker.start()
             except Exception as error:  # of many kinds: no network, no rights, a full disk
-                reason = (str(error) or type(error).__name__).splitlines()[0]
-                raise UsageError(f"{kind} does not start: {reason}; leave it out of report_to, or repair it") from error
+                raise UsageError(
+                    f"{kind} does not start: {reason_of(error)}; leave it out of report_to, or repair it"
+                ) from error
             if kind != "tensorboard":  # which would make a second run of it
                 tracker.store_init_configuration(dataclasses.asdict(config))
             self.trackers.append(tracker)

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from harness.messages import reason_of
 from harness.serve import serve_line
 from harness.settings import Config, Sample, UsageError
 
@@ -54,8 +55,7 @@ class Server:
             if answer.is_success:
                 return answer.json()
         except (httpx.HTTPError, ValueError) as error:
-            reason = str(error).strip() or type(error).__name__
-            raise ServerGone(f"does not answer {path} ({reason})") from error
+            raise ServerGone(f"does not answer {path} ({reason_of(error)})") from error
         route = path.partition("?")[0]
         if answer.status_code == 404 and route in ROUTES:
             raise UsageError(

@@ -16,7 +16,7 @@ from accelerate import PartialState
 from torch import nn
 
 from harness import memory, parallel
-from harness.messages import LibraryLog
+from harness.messages import LibraryLog, reason_of
 from harness.settings import Config, Sample, Sampling, UsageError
 
 
@@ -138,10 +138,9 @@ class VLLMSampler:
                 self.llm, self.params = vllm.LLM(shape, **settings), vllm.SamplingParams
             self.log.take("vllm")  # not before: it sets up its logging once more
         except Exception as error:  # of many kinds: memory, architecture, a GPU that is not there
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UsageError(
-                f"vLLM cannot run {folder}: {reason} (--sampler torch runs anywhere, slower; vLLM's messages are in "
-                f"{self.log.path})"
+                f"vLLM cannot run {folder}: {reason_of(error)} (--sampler torch runs anywhere, slower; vLLM's messages "
+                f"are in {self.log.path})"
             ) from error
         atexit.register(shut_down, weakref.ref(self.llm))
         self.sync()

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from harness import parallel
+from harness.messages import reason_of
 from harness.serve import free_port
 from harness.settings import Config, UsageError
 from harness.vllm_client import Server, is_here
@@ -112,10 +113,6 @@ def nccl_sender(server: Server, workers: int, model: nn.Module, minutes: float):
             f"NCCL does not connect this GPU with the server at {server.address}: {reason_of(error)}. --weights_folder "
             "takes the weights there in files"
         ) from error
-
-
-def reason_of(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def own_address(server: str) -> str:
