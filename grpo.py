@@ -54,7 +54,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import variants
-from harness import evaluation, kv_cache, loading, memory, metrics, optimizers, parallel, terminal
+from harness import evaluation, kv_cache, loading, lora, memory, metrics, optimizers, parallel, terminal
 from harness.ahead import written_ahead
 from harness.batching import add_logps, own_microbatches, pad, policy_inputs
 from harness.fast_head import best_head
@@ -486,7 +486,7 @@ def optimizer_step(
     norm = None
     if trained:
         norm = float(accelerator.clip_grad_norm_(policy.parameters(), config.grad_clip))
-        if math.isfinite(norm):
+        if math.isfinite(norm) or accelerator.scaler:  # which leaves such a step out by itself
             optimizer.step()
     optimizer.zero_grad()
     figures.add_step(norm)
@@ -540,6 +540,7 @@ def setup(config: Config) -> loading.Run:
     run = loading.load(config)  # task, model, tokenizer, evaluation problems, device
     config, accelerator, model = run.config, run.accelerator, run.model
     check_model(run, Policy, TorchSampler)
+    lora.add_adapters(run)
     policy = Policy(model, config.temperature, entropy_gradient=config.entropy_coef > 0)
     optimizer = optimizers.make_optimizer(policy, config, accelerator)
     copied = parallel.samplable(run)
@@ -549,11 +550,7 @@ def setup(config: Config) -> loading.Run:
         run.sampler = TorchSampler(copied, run.eos_ids, rows, autocast, model, run.tokenizer)
     else:
         run.sampler = proven_sampler(run, config)
-    if config.kl_coef > 0:
-        start, _ = loading.load_model(config.model, trust_remote_code=config.trust_remote_code)
-        reference = Policy(start, config.temperature).requires_grad_(False)
-        reference.to(next(run.policy.parameters()).dtype)
-        run.reference = reference.to("cpu" if config.offload_reference else accelerator.device)
+    run.reference = loading.reference_policy(run, Policy) if config.kl_coef > 0 else None
     run.folder = run.folder or RunFolder.create(config, accelerator.is_main_process)
     run.state = run.folder.resume(run.checkpoint, run.optimizer, parallel.engine(run.policy))
     run.folder.start(config, run.state["step"])

@@ -62,13 +62,13 @@ def profile(shape: str, how: dict, partial) -> dict:
     from shapes import MAX_PROMPT, WORK, model_config
 
     import grpo
-    from harness import fast_head, loading, optimizers
+    from harness import devices, fast_head, optimizers
 
     work, on_gpu = WORK[shape], torch.cuda.is_available()
     settings = dict(tokens_per_microbatch=work["microbatch"], gradient_checkpointing=work["checkpointing"], lr=1e-6)
     settings |= dict(prompts_per_step=work["P"], group_size=work["G"], max_prompt_tokens=MAX_PROMPT)
     config = grpo.Config(model=shape, task="none", max_completion_tokens=work["longest"], **settings | how["set"])
-    accelerator = loading.make_accelerator(config)
+    accelerator = devices.make_accelerator(config)
     torch.manual_seed(0)
     with torch.device(accelerator.device):
         model = transformers.AutoModelForCausalLM.from_config(model_config(shape), dtype=torch.float32)

@@ -107,7 +107,7 @@ def work(kind: str, size: str, folder: str, source: str) -> None:
         model.save_pretrained(folder)
         lengths = dict(max_prompt_tokens=max(map(len, prompts)), max_completion_tokens=tokens)
         config = grpo.Config(folder, "arithmetic", prompts_per_step=P, **lengths, device="cpu")
-        sampler = VLLMSampler(folder, model, [], config, bf16=False)
+        sampler = VLLMSampler(folder, model, [], config, dtype=torch.float32)
     ends = {"fixed": [], "ragged": [0, 2] if size == "SmolLM2" else rng.sample(range(V), round(3 * V / tokens))}
     for seed, line in enumerate(sys.stdin):
         started = time.perf_counter()

@@ -2,10 +2,8 @@
 
 import json
 import os
-import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,23 +11,15 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import Accelerator, PartialState
-from accelerate.utils import (
-    DeepSpeedPlugin,
-    DistributedDataParallelKwargs,
-    DistributedType,
-    FullyShardedDataParallelPlugin,
-    InitProcessGroupKwargs,
-    parse_flag_from_env,
-)
+from accelerate import Accelerator
 from jinja2 import TemplateError
 from jinja2.meta import find_undeclared_variables
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from harness import memory, trackers
+from harness import lora, memory, parallel
 from harness.checkpoints import changed_settings
+from harness.devices import make_accelerator
 from harness.files import local_name
 from harness.messages import stage
 from harness.model_checks import check_positions, switch_off_noise
@@ -80,10 +70,12 @@ def load(config: Config) -> Run:
     checkpoint = folder.newest_whole(config.steps) if folder else None
     if checkpoint:
         folder.changed = changed_settings(checkpoint, config)
-    if folder and (config.kl_coef > 0 or not checkpoint):  # the reference is the model of the beginning
+        lora.check_checkpoint(checkpoint, config)
+    # the reference is the model of the beginning, and so is what adapters stand beside
+    if folder and (config.kl_coef > 0 or config.lora_rank or not checkpoint):
         with readable_errors(config.model):
             folder.check_base(config.model)
-    name = str(checkpoint or config.model)
+    name = str(checkpoint) if checkpoint and not config.lora_rank else config.model
     model_config = load_model_config(name, config.trust_remote_code)
     check_window(model_config, config)
     check_positions(model_config, config)
@@ -92,7 +84,7 @@ def load(config: Config) -> Run:
         config = replace(config, stop=config.stop or list(stop))
     config = memory.fitted(model_config, config, accelerator, sampler == "vllm")
     with stage("loading the model"):
-        model, tokenizer = load_model(name, config.gradient_checkpointing, config.trust_remote_code)
+        model, tokenizer = load_model(name, config.gradient_checkpointing, config.trust_remote_code, checkpoint)
     limit_threads(model.eval())
     use_template(tokenizer, config, of_checkpoint=bool(checkpoint))
     problems, eos_ids = evaluation_problems(task, tokenizer, config), find_eos(model, tokenizer)
@@ -133,6 +125,7 @@ def load_model_config(name: str, trust_remote_code: bool = False):
             import_module("mathformer")  # registers the architecture
         if name.endswith(".gguf") or (not config_file.exists() and any(Path(name).glob("*.gguf"))):
             raise UsageError(f"model {name!r} is in GGUF, for inference alone: give the model that it was made from")
+        lora.refuse_adapter(name)
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     check_kind(name, config)
     return config
@@ -153,12 +146,17 @@ def check_kind(name: str, config) -> None:
         raise UsageError(f"model {name!r} is a {config.model_type}: here, causal language models are trained")
 
 
-def load_model(name: str, gradient_checkpointing: bool = False, trust_remote_code: bool = False):
-    """The causal language model in float32, without dropout, and its tokenizer; from a folder or the Hub."""
+def load_model(
+    name: str, gradient_checkpointing: bool = False, trust_remote_code: bool = False, checkpoint: Path | None = None
+):
+    """The causal language model in float32, without dropout, and its tokenizer; from a folder or the Hub.
+
+    A checkpoint has a tokenizer of its own, also where it has not the whole model but an adapter.
+    """
     transformers.utils.logging.disable_progress_bar()  # of loading and saving: they would break up our own
     config, name = load_model_config(name, trust_remote_code), local_name(name)
     with readable_errors(name):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint or name, trust_remote_code=trust_remote_code)
         # Float32 weights: at a learning rate of 1e-6 most updates are smaller than bf16 can represent.
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,
@@ -174,6 +172,21 @@ def load_model(name: str, gradient_checkpointing: bool = False, trust_remote_cod
             raise UsageError(f"gradient_checkpointing is not there for {type(model).__name__}: leave it off")
         model.gradient_checkpointing_enable()
     return model, tokenizer
+
+
+def reference_policy(run: Run, make_policy) -> nn.Module:
+    """The policy as it was at the start, for a KL penalty: a second model, but with LoRA the policy without adapters.
+
+    Args:
+        make_policy: `grpo.Policy`.
+    """
+    config = run.config
+    if config.lora_rank:
+        return lora.WithoutAdapters(run.policy)
+    start, _ = load_model(config.model, trust_remote_code=config.trust_remote_code)
+    reference = make_policy(start, config.temperature).requires_grad_(False)
+    parallel.cast(reference.parameters(), next(run.policy.parameters()).dtype)
+    return reference.to("cpu" if config.offload_reference else run.accelerator.device)
 
 
 def limit_threads(model: nn.Module) -> None:
@@ -256,65 +269,6 @@ def end_of_turn(tokenizer) -> int | None:
         return None
     ids = tokenizer(behind.lstrip(), add_special_tokens=False)["input_ids"]
     return ids[0] if ids and ids[0] in tokenizer.all_special_ids else None
-
-
-def make_accelerator(config: Config) -> Accelerator:
-    """Device, precision and processes; a UsageError if they, or the trackers of `report_to`, are not there."""
-    trackers.chosen(config.report_to)
-    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not present.get(config.device, True):
-        here = ", ".join(device for device in present if present[device])
-        raise UsageError(f"there is no device {config.device!r} here, only {here}")
-    on_cuda = present["cuda"] and config.device in ("auto", "cuda")
-    on_cpu = config.device == "cpu" or not (present["cuda"] or present["mps"])
-    has_bf16 = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    if config.precision == "bf16" and on_cuda and not has_bf16:
-        raise UsageError("this GPU has no bf16: use --precision fp32")
-    use_bf16 = {"auto": has_bf16, "fp32": False, "bf16": True}[config.precision]
-    started, here = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if on_cuda and here > torch.cuda.device_count():
-        raise UsageError(
-            f"{here} processes were started on this machine, each needs a GPU, and it has {torch.cuda.device_count()}: "
-            "accelerate launch --num_processes N"
-        )
-    if started > config.prompts_per_step:
-        raise UsageError(f"{started} processes are to share {config.prompts_per_step} prompts_per_step: start fewer")
-    handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]  # or DDP would hold all gradients twice
-    handlers += [InitProcessGroupKwargs(timeout=timedelta(minutes=30 + 3 * config.server_minutes))]
-    fsdp = None
-    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        # left to itself, accelerate rounds to bf16 what comes out of the policy too: its log-probs
-        policy = MixedPrecisionPolicy(torch.bfloat16 if use_bf16 else None, torch.float32, None, False)
-        fsdp = FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
-    torch.backends.cuda.enable_cudnn_sdp(config.cudnn_attention)
-    precision = "bf16" if use_bf16 else "no"
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, fsdp_plugin=fsdp, kwargs_handlers=handlers)
-    if accelerator.num_processes != started:  # they would be runs of their own, each like the others
-        raise UsageError(f"{started} processes on {accelerator.device} cannot work together: try --device cpu")
-    if accelerator.distributed_type == DistributedType.MULTI_CPU:
-        shard_on_cpu(accelerator, fsdp)
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        accelerator.deepspeed_plugin.deepspeed_config["gradient_clipping"] = config.grad_clip
-        accelerator.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1  # it insists on a number
-    if use_bf16 and on_cuda:
-        # the logits are products of float32; without this they would take longer than the rest of the model
-        torch.set_float32_matmul_precision("high")
-    if not accelerator.is_main_process:
-        sys.stdout = open(os.devnull, "w")  # one process talks; the errors of all are seen
-    return accelerator
-
-
-def shard_on_cpu(accelerator: Accelerator, fsdp: FullyShardedDataParallelPlugin | None) -> None:
-    """FSDP or DeepSpeed as the launch asks for them, which accelerate has for GPUs only: here one can try and test."""
-    state = accelerator.state
-    if fsdp:
-        state.fsdp_plugin = fsdp
-        PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
-    elif parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        state.deepspeed_plugins = DeepSpeedPlugin()
-        state.deepspeed_plugins.set_mixed_precision(accelerator.mixed_precision)
-        PartialState().distributed_type = state.distributed_type = DistributedType.DEEPSPEED
-        state.deepspeed_plugins.select(_from_accelerator_state=True)
 
 
 def check_served(model_config) -> None:

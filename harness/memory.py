@@ -1,9 +1,10 @@
 """What a run needs of a card's memory, by arithmetic, before anything is loaded.
 
 With N parameters, the trainer holds 4N bytes of float32 weights, 4N of gradients and 8N of AdamW's moments, or less
-with another `optimizer`; under bf16 autocast, 2N of bf16 copies of what is multiplied. What a token adds to a layer was
-read off the tensors that autograd keeps for Qwen2, Qwen3 and Llama. tests/harness/test_memory.py compares that, and the
-whole of the training column with what an update really holds. What vLLM and CUDA take besides is an estimate.
+with another `optimizer`; under autocast, 2N of 16-bit copies of what is multiplied. With LoRA that is so for the
+adapters alone, and the model takes 2N or 4N bytes, as the precision is. What a token adds to a layer was read off the
+tensors that autograd keeps for Qwen2, Qwen3 and Llama. tests/harness/test_memory.py compares that, and the whole of the
+training column with what an update really holds. What vLLM and CUDA take besides is an estimate.
 """
 
 import math
@@ -16,7 +17,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from harness import parallel
+from harness import lora, parallel
 from harness.settings import Config, UsageError
 
 LOGITS_CHUNK, KEPT_LOGITS = 2048, 2**26
@@ -46,16 +47,22 @@ class Shape(NamedTuple):
     chunk: int  # `logits_chunk`
     embeddings: int  # parameters of input and output embedding, tied ones counted once
     normalises_queries: bool  # and keys, as Qwen3 does
+    adaptable: int  # parameters of the adapters of a LoRA of rank 1
 
     @classmethod
-    def of(cls, model_config) -> "Shape":
-        """From a config, without weights. Mixtures of experts count all experts, but the MLP of a dense layer."""
+    def of(cls, model_config, config: Config | None = None) -> "Shape":
+        """From a model's config, without weights. Mixtures of experts count all experts, but the MLP of a dense layer.
+
+        Raises:
+            UsageError: the LoRA of `config`, if one is given, does not fit the model.
+        """
         c = model_config.get_text_config()
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(model_config)
         hidden = c.hidden_size
         heads = size_of(c, "num_attention_heads", 1)
         width = size_of(c, "head_dim", hidden // heads)
+        adapted = lora.targets(model, config) if config else lora.adaptable(model)
         ends = [m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
         return cls(
             parameters=sum(p.numel() for p in model.parameters()),
@@ -68,21 +75,26 @@ class Shape(NamedTuple):
             chunk=logits_chunk(c),
             embeddings=sum({id(weight): weight.numel() for weight in ends}.values()),
             normalises_queries=any(name.endswith("q_norm") for name, _ in model.named_modules()),
+            adaptable=sum(sum(layer.weight.shape) for layer in adapted.values()),
         )
 
-    def cache_bytes(self, bf16: bool) -> int:
-        """Keys and values of one token, in all layers."""
-        return self.layers * self.keys_values * (2 if bf16 else 4)
+    def cache_bytes(self, half: bool) -> int:
+        """Keys and values of one token, in all layers; `half`: in 16 bits."""
+        return self.layers * self.keys_values * (2 if half else 4)
 
-    def activation_bytes(self, bf16: bool, checkpointing: bool) -> int:
-        """What autograd keeps of one token for the backward pass, in all layers."""
+    def activation_bytes(self, half: bool, checkpointing: bool, rank: int = 0) -> int:
+        """What autograd keeps of one token for the backward pass, in all layers; with LoRA of this rank, if not 0."""
         h, q, kv, f = self.hidden, self.queries, self.keys_values, self.mlp
         # in and out of two RMSNorms in float32 | inputs of q, k, v, gate, up | q, k, v and the output | gate, up, SiLU
-        # and product; autocast makes a bf16 copy of its own for each of the five products
-        layer = 16 * h + (10 * h + 4 * q + 2 * kv + 8 * f if bf16 else 8 * h + 8 * q + 4 * kv + 16 * f)
-        if self.normalises_queries:
-            layer += 6 * q + 3 * kv if bf16 else 8 * q + 4 * kv
-        return 4 * h * self.layers + layer if checkpointing else layer * self.layers
+        # and product; autocast makes a 16-bit copy of its own for each of the five products
+        layer = 16 * h + (10 * h + 4 * q + 2 * kv + 8 * f if half else 8 * h + 8 * q + 4 * kv + 16 * f)
+        normalised = 6 * q + 3 * kv if half else 8 * q + 4 * kv
+        if rank:  # norms that are not trained need no output; the adapters' inputs, and what is between A and B
+            layer += (2 * q - 8 * h if half else -8 * h) + 7 * rank * (2 if half else 4)
+            normalised = 4 * q + 2 * kv
+        layer += normalised * self.normalises_queries
+        between = h * (2 if half and rank else 4)  # what goes from layer to layer: frozen weights are in 16 bits
+        return between * self.layers + layer if checkpointing else layer * self.layers
 
 
 def logits_chunk(model_config) -> int:
@@ -100,12 +112,12 @@ def own_rows(config: Config, processes: int) -> int:
     return math.ceil(config.prompts_per_step / processes) * config.group_size
 
 
-def vllm_cache_bytes(shape: Shape, config: Config, bf16: bool, free: int, processes: int) -> int:
+def vllm_cache_bytes(shape: Shape, config: Config, half: bool, free: int, processes: int) -> int:
     """vLLM's key-value cache: as set, or what a step's completions need, at least 0.1 GB, at most half of `free`."""
     if config.kv_cache_gb:
         return int(1e9 * config.kv_cache_gb)
     tokens = own_rows(config, processes) * (config.max_prompt_tokens + config.max_completion_tokens)
-    return int(min(max(1.2 * tokens * shape.cache_bytes(bf16), 1e8), free / 2))
+    return int(min(max(1.2 * tokens * shape.cache_bytes(half), 1e8), free / 2))
 
 
 class Spread(NamedTuple):
@@ -130,39 +142,46 @@ OPTIMIZER_BYTES = {"adamw": (4, 4, 8, 0), "adamw_8bit": (2, 2, 2, 0), "adamw_off
 
 
 def needs(
-    shape: Shape, config: Config, bf16: bool, vllm: bool, on_gpu: bool, free: int, spread: Spread = ALONE
+    shape: Shape, config: Config, half: bool, vllm: bool, on_gpu: bool, free: int, spread: Spread = ALONE
 ) -> dict[str, list[float]]:
-    """Bytes of each part, on the card of one process, while sampling, in the pass of the reference, in the update."""
-    n, s = shape.parameters, shape
+    """Bytes of each part, on the card of one process, while sampling, in the pass of the reference, in the update.
+
+    `half`: it is computed in 16 bits, bf16 or fp16; `vllm`: with vLLM in this process.
+    """
+    n, s, rank = shape.parameters, shape, config.lora_rank
+    trained = rank * shape.adaptable if rank else n
     longest = config.max_prompt_tokens + config.max_completion_tokens
     rows = own_rows(config, spread.processes)
     weights, gradients, moments, on_cpu = OPTIMIZER_BYTES[config.optimizer]
-    half = bf16 or weights == 2  # what the trainer computes in
+    frozen = (2 if half else 4) * n if rank else 0
+    in_16_bits = weights == 2 or (half and rank > 0)  # the model's weights
+    trainer_half = half or weights == 2  # what the trainer computes in
+    held = weights * trained + frozen
     tokens = max(longest, min(config.tokens_per_microbatch, rows * longest))
-    reference = weights * n if config.kl_coef else 0
+    reference = held if config.kl_coef and not rank else 0
     on_card = not (config.offload_reference and on_gpu)  # on a CPU it is in the same memory, wherever it is
-    copies = 2 * (n - s.embeddings) if bf16 and weights == 4 else 0
-    # logits and probabilities, and a third of them in the plain head; the gradient of the head's weight, and where that
-    # is bf16 a float32 copy of it
+    copies = 2 * (trained if rank else n - s.embeddings) if half and weights == 4 else 0
+    # logits and probabilities, and a third of them in the plain head; the gradient of the head's weight, if that is
+    # trained, and where it is in 16 bits a float32 copy of it
     chunk = min(s.chunk, math.ceil(tokens * config.max_completion_tokens / longest))
     logits = 4 * chunk * s.vocabulary * (3 if config.entropy_coef else 2)
-    logits += 4 * s.vocabulary * s.hidden * (2 if weights == 2 else 1)
+    logits += 4 * s.vocabulary * s.hidden * ((not rank) + in_16_bits)
     # with gradient checkpointing, the logits are gone when the activations of a layer are made again
-    again = tokens * s.activation_bytes(half, False) / s.layers if config.gradient_checkpointing else 0
+    again = tokens * s.activation_bytes(trainer_half, False, rank) / s.layers if config.gradient_checkpointing else 0
     awake = not config.vllm_sleep
-    vllm_weights = n * (2 if bf16 else 4) if vllm else 0
-    cache = vllm_cache_bytes(shape, config, bf16, free, spread.processes) if vllm else 0
+    vllm_weights = n * (2 if half else 4) if vllm else 0
+    cache = vllm_cache_bytes(shape, config, half, free, spread.processes) if vllm else 0
     sample_rows = max(config.sample_rows, config.group_size, config.eval_samples)  # the evaluation fills them
     by_torch = not (vllm or config.samples_with_servers)
-    torch_cache = by_torch * 1.25 * sample_rows * longest * s.cache_bytes(half)
+    torch_cache = by_torch * 1.25 * sample_rows * longest * s.cache_bytes(trainer_half)
     table = {
-        "weights": [weights * n / spread.weights] * 3,
-        "AdamW": [moments * n / spread.moments + (0 if on_gpu else on_cpu * n)] * 3,
-        "gradients": [0, 0, gradients * n / spread.gradients],
+        "weights": [held / spread.weights] * 3,
+        "AdamW": [moments * trained / spread.moments + (0 if on_gpu else on_cpu * n)] * 3,
+        "gradients": [0, 0, gradients * trained / spread.gradients],
         "reference": [reference * on_card, reference, reference * on_card],
-        "older weights": [by_torch * bool(config.staleness) * weights * n] * 3,
-        "bf16 copies of the weights": [by_torch * copies, copies, copies],
-        "activations": [0, 0, tokens * s.activation_bytes(half, config.gradient_checkpointing)],
+        "older weights": [by_torch * bool(config.staleness) * held] * 3,
+        "16-bit copies of the weights": [by_torch * copies, copies, copies],
+        "activations": [0, 0, tokens * s.activation_bytes(trainer_half, config.gradient_checkpointing, rank)],
         "logits": [by_torch * 12 * sample_rows * s.vocabulary, logits, max(logits - again, 0)],
         "vLLM: weights": [vllm_weights, awake * vllm_weights, awake * vllm_weights],
         "key-value cache": [cache or torch_cache, awake * cache, awake * cache],
@@ -185,12 +204,13 @@ def fitted(model_config, config: Config, accelerator: Accelerator, vllm: bool) -
     Raises:
         UsageError: it needs clearly more than there is.
     """
-    shape, free, on_gpu = Shape.of(model_config), free_memory(accelerator.device), accelerator.device.type == "cuda"
-    bf16, spread = accelerator.mixed_precision == "bf16", Spread.of(accelerator)
+    shape, device = Shape.of(model_config, config), accelerator.device
+    free, on_gpu = free_memory(device), device.type == "cuda"
+    half, spread = accelerator.mixed_precision != "no", Spread.of(accelerator)
     free //= 1 if on_gpu else spread.processes  # that of the machine is for all
 
     def table_of(config: Config) -> dict[str, list[float]]:
-        return needs(shape, config, bf16, vllm, on_gpu, free, spread)
+        return needs(shape, config, half, vllm, on_gpu, free, spread)
 
     if config.tokens_per_microbatch == "auto":
         config = largest_microbatch(table_of, config, 0.9 * free, spread.processes)
@@ -227,23 +247,45 @@ def largest_microbatch(table_of, config: Config, limit: float, processes: int) -
 
 def lower(table_of, config: Config, limit: float, can_sleep: bool) -> str:
     """Which settings bring the peak under `limit`, the cheapest in time first, and to what it comes then."""
+    changed, needed = cheapest(table_of, config, limit, can_sleep)
+    flags, fits = as_flags(changed), needed <= limit
+    if not config.lora_rank and not (fits and changed.keys() <= COST_NO_TIME):
+        adapters = dict(lora_rank=ADVISED_RANK, optimizer="adamw")
+        more, with_lora = cheapest(table_of, replace(config, **adapters), limit, can_sleep)
+        if with_lora <= limit:
+            more = dict(lora_rank=ADVISED_RANK, lr=f"{10 * config.lr:g}") | more
+            told = f"With {as_flags(more)} (LoRA: it wants a larger learning rate) it needs about {with_lora / 1e9:.0f} GB"
+            return told + (f"; with all weights trained and {flags}, about {needed / 1e9:.0f} GB" if fits else "")
+    if fits:
+        return f"With {flags} it needs about {needed / 1e9:.0f} GB"
+    with_flags = f"Even with {flags} it needs" if changed else "It needs"
+    return f"{with_flags} about {needed / 1e9:.0f} GB: take a smaller model, a smaller group_size or a larger card"
+
+
+ADVISED_RANK = 16
+COST_NO_TIME = {"offload_reference", "tokens_per_microbatch"}  # or little
+
+
+def as_flags(changed: dict[str, object]) -> str:
+    return " ".join(f"--{name} {str(value).lower()}" for name, value in changed.items())
+
+
+def cheapest(table_of, config: Config, limit: float, can_sleep: bool) -> tuple[dict[str, object], float]:
+    """Settings that bring the peak under `limit`, or as far as they can; and that peak."""
     longest = config.max_prompt_tokens + config.max_completion_tokens
     steps = [("offload_reference", True), ("tokens_per_microbatch", max(longest, config.tokens_per_microbatch // 4))]
     steps += [("gradient_checkpointing", True), ("sample_rows", config.group_size)]
     steps += [("vllm_sleep", True)] if can_sleep else []
     steps += [("tokens_per_microbatch", longest)]
+    steps += steps  # a setting may help only after another, where the peak then is elsewhere
+    steps += [] if config.lora_rank else [("optimizer", "adamw_8bit"), ("optimizer", "adamw_offload")]
     changed: dict[str, object] = {}
     now = peak(table_of(config))
-    # twice: a setting may help only after another, where the peak then is elsewhere
-    for name, value in [*steps, *steps, ("optimizer", "adamw_8bit"), ("optimizer", "adamw_offload")]:
+    for name, value in steps:
+        if now <= limit:
+            break
         trial = replace(config, **{name: value})
         if (then := peak(table_of(trial))) < 0.99 * now:
             config, now = trial, then
             changed[name] = value
-        if now <= limit:
-            break
-    flags = " ".join(f"--{name} {str(value).lower()}" for name, value in changed.items())
-    if now <= limit:
-        return f"With {flags} it needs about {now / 1e9:.0f} GB"
-    with_flags = f"Even with {flags} it needs" if flags else "It needs"
-    return f"{with_flags} about {now / 1e9:.0f} GB: take a smaller model, a smaller group_size or a larger card"
+    return changed, now

@@ -25,16 +25,18 @@ def make_optimizer(policy: nn.Module, config: Config, accelerator: Accelerator) 
     settings = dict(lr=config.lr, weight_decay=config.weight_decay)
     if config.optimizer == "adamw":
         fused = accelerator.device.type == "cuda"  # one kernel, without a copy of all moments on the way
-        return torch.optim.AdamW(policy.parameters(), fused=fused, **settings)
+        trained = [weight for weight in policy.parameters() if weight.requires_grad]  # not all, with LoRA
+        return torch.optim.AdamW(trained, fused=fused, **settings)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise UsageError(f"optimizer {config.optimizer} is for whole models: with FSDP or DeepSpeed take adamw")
     if config.optimizer == "adamw_offload":
         optimizer = OffloadedAdamW(policy.parameters(), **settings)  # takes the float32 weights first
-        policy.to(torch.bfloat16)
+        parallel.cast(policy.parameters(), torch.bfloat16)
         return optimizer
     if not find_spec("torchao"):
         raise UsageError("optimizer adamw_8bit needs torchao, which is not installed: pip install torchao==0.18.0")
-    return make_8bit(policy.to(torch.bfloat16), settings)
+    parallel.cast(policy.parameters(), torch.bfloat16)
+    return make_8bit(policy, settings)
 
 
 class OffloadedAdamW(torch.optim.AdamW):
@@ -88,8 +90,12 @@ def make_8bit(policy: nn.Module, settings: dict) -> torch.optim.Optimizer:
 
 
 def packed_moments(optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's state as plain tensors on the CPU, by the names `<parameter>.<moment>` or `....<part>`."""
-    packed = {}
+    """The optimizer's state as plain tensors on the CPU, by the names `<parameter>.<moment>` or `....<part>`.
+
+    With it goes the state of the loss scaler, if there is one, by the names `scaler.<setting>`.
+    """
+    scaler = getattr(optimizer, "scaler", None)
+    packed = {f"scaler.{key}": torch.tensor(value) for key, value in (scaler.state_dict() if scaler else {}).items()}
     for i, state in optimizer.state_dict()["state"].items():
         for key, value in state.items():
             value = parallel.whole(value)
@@ -102,6 +108,10 @@ def packed_moments(optimizer) -> dict[str, torch.Tensor]:
 def load_moments(optimizer, packed: dict[str, torch.Tensor]) -> None:
     """Undoes `packed_moments`. Raises UsageError if they are not those of this optimizer's parameters."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    scaling = {name.removeprefix("scaler."): packed[name].item() for name in packed if name.startswith("scaler.")}
+    if scaling and (scaler := getattr(optimizer, "scaler", None)):
+        scaler.load_state_dict(scaling)
+    packed = {name: value for name, value in packed.items() if not name.startswith("scaler.")}
     states: dict[int, dict] = {}
     for name, value in packed.items():
         i, key, *part = name.split(".")

@@ -9,7 +9,7 @@ of them do equally often.
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 
 import torch
@@ -63,6 +63,12 @@ def spread(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if isinstance(like, DTensor) and value.shape == like.shape:
         return distribute_tensor(value, like.device_mesh, like.placements)
     return value
+
+
+def cast(weights: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
+    """Parameters alone: a module's `to` would round its buffers too, among them the frequencies of its positions."""
+    for weight in weights:
+        weight.data = weight.data.to(dtype)
 
 
 def whole_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

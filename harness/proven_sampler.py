@@ -8,8 +8,9 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from harness import memory, parallel
+from harness import lora, memory, parallel
 from harness.batching import logps_under
+from harness.devices import DTYPES
 from harness.messages import stage
 from harness.metrics import average
 from harness.server_sampler import ServerSampler
@@ -26,7 +27,7 @@ def logp_gap(policy: nn.Module, accelerator: Accelerator, config: Config, sample
 
 def proven_sampler(run, config: Config) -> VLLMSampler | ServerSampler:
     """A sampler for the parts of a `loading.Run`, with the trainer's weights, which are seen to reach it."""
-    parts = run.source, run.model, run.eos_ids, config, run.accelerator.mixed_precision == "bf16"
+    parts = run.source, run.model, run.eos_ids, config, DTYPES[run.accelerator.mixed_precision]
     if run.sampler_name == "server":
         with stage("looking for the servers", is_slow=bool(config.serve_on)):
             sampler = ServerSampler(*parts)
@@ -67,16 +68,17 @@ def check_sampler(
         return samples
 
     before = require_equal("at the start")
-    own = [p.to_local() if isinstance(p, DTensor) else p for p in policy.parameters()]  # the parts of this process
+    sizes = lora.noise_sizes(policy)  # of all that is trained
+    own = [p.to_local() if isinstance(p, DTensor) else p for p in sizes]  # the parts of this process
     # there is room for a copy on the card, unless it is so small that vLLM has to sleep while it trains
     size, device = sum(p.nbytes for p in own), own[0].device
     true = [p.detach().to(device if memory.free_memory(device) > 2 * size else "cpu", copy=True) for p in own]
     generator = torch.Generator(device).manual_seed(config.seed)
     scale = 0.05
     while gap(before) < 0.5 and scale < 10:
-        for p, value in zip(own, true, strict=True):
+        for p, value, size in zip(own, true, sizes.values(), strict=True):
             noise = torch.empty_like(p).normal_(generator=generator)
-            p.copy_(value).add_(noise.mul_(scale * p.abs().mean()))
+            p.copy_(value).add_(noise.mul_(scale * size))
         scale *= 2
     sampler.sync()
     require_equal("after the weights were changed")

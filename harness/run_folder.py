@@ -16,12 +16,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from harness import checkpoints, curves, parallel
+from harness import checkpoints, curves, lora, parallel
 from harness.checkpoints import LOGS, fixed_settings, logs_of, number_of, read_state, write_state
 from harness.files import (
     FORMAT,
@@ -43,6 +42,7 @@ from harness.model_card import model_card
 from harness.optimizers import load_moments, packed_moments
 from harness.settings import Config, UsageError
 from harness.trackers import Trackers
+from harness.weights import final_weights, kept_weights, write_model
 
 
 class RunFolder:
@@ -182,14 +182,17 @@ class RunFolder:
         self.wait_for_record()
         if self.writes:
             shutil.rmtree(partial, ignore_errors=True)
-        weights, moments = whole_weights(model, optimizer), {} if self.engine else packed_moments(optimizer)
+        weights, moments = kept_weights(model, optimizer), {} if self.engine else packed_moments(optimizer)
         more_files = self.more_files()
         if self.engine:  # each process its part, and all wait for the last
             self.engine.save_checkpoint(partial / "deepspeed", tag="all")
         if not self.writes:
             return
         with self.writing(whole.name):
-            model.save_pretrained(partial, state_dict=weights)
+            if lora.adapted(model):
+                lora.save(model, weights, partial)
+            else:
+                model.save_pretrained(partial, state_dict=weights)
             tokenizer.save_pretrained(partial)
             # a safetensors file, but not by its name: vLLM would take it for weights of the model
             save_file(moments, partial / "optimizer.state")
@@ -224,14 +227,20 @@ class RunFolder:
         return result | ({"interrupted": True} if interrupted else {})
 
     def save_final(self, model, tokenizer, optimizer) -> Path:
-        """final/: the model as a Hugging Face folder, for from_pretrained and vLLM, with its model card."""
+        """final/: the model as a Hugging Face folder, for from_pretrained and vLLM, with its model card.
+
+        Adapters are merged into it, and they are in final/adapter as well.
+        """
         partial, final = self.path / ".partial", self.path / "final"
-        weights = whole_weights(model, optimizer)
+        weights = final_weights(model, optimizer)
+        adapters = kept_weights(model, optimizer) if lora.adapted(model) else {}
         if not self.writes:
             return final
         with self.writing("final"):
             shutil.rmtree(partial, ignore_errors=True)
-            model.save_pretrained(partial, state_dict=weights)
+            write_model(model, weights, partial)
+            if adapters:
+                lora.save(model, adapters, partial / "adapter")
             tokenizer.save_pretrained(partial)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
@@ -338,12 +347,3 @@ class RunFolder:
             os.truncate(log, size)
         for number in blank_damaged_lines(log):
             print(f"{log}, line {number} is damaged: it is left out, and {name}.damaged is the file as it was")
-
-
-def whole_weights(model, optimizer) -> dict[str, torch.Tensor]:
-    """On the CPU: tied ones once, and in float32 where the optimizer has them so, or a resumed run would round them."""
-    repeated = dict(model.named_parameters(remove_duplicate=False))
-    weights = {name: value for name, value in model.state_dict().items() if name not in repeated}  # buffers
-    weights |= {name: weight.cpu() for name, weight in parallel.whole_weights(model)}
-    float32 = getattr(getattr(optimizer, "optimizer", optimizer), "float32_weights", [])
-    return weights | dict(zip(dict(model.named_parameters()), float32, strict=False))

@@ -29,6 +29,7 @@ from accelerate import PartialState
 
 from harness import memory
 from harness.command_line import ArgumentParser, errors_as_lines, parse_config
+from harness.devices import DTYPES, choose_precision
 from harness.files import local_name
 from harness.loading import check_served, load_model_config
 from harness.settings import Config, UsageError
@@ -45,17 +46,17 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def command(folder: str, model_config, config: Config, bf16: bool, host: str, port: int) -> list[str]:
+def command(folder: str, model_config, config: Config, dtype: torch.dtype, host: str, port: int) -> list[str]:
     """The line that starts a server for this run."""
-    settings, on_gpu = engine_settings(model_config, config, bf16, processes=1), torch.cuda.is_available()
+    settings, on_gpu = engine_settings(model_config, config, dtype, processes=1), torch.cuda.is_available()
     settings |= {"model": folder, "host": host, "port": port, "enable_scale_out": True}
     if on_gpu:
         settings["weight_transfer_config"] = {"backend": "nccl"}
         if config.kv_cache_gb:  # else vLLM takes what is left of its card
             settings["kv_cache_memory_bytes"] = int(1e9 * config.kv_cache_gb)
     else:
-        free, shape = memory.free_memory(torch.device("cpu")), memory.Shape.of(model_config)
-        settings["kv_cache_memory_bytes"] = memory.vllm_cache_bytes(shape, config, bf16, free, processes=1)
+        free, shape, half = memory.free_memory(torch.device("cpu")), memory.Shape.of(model_config), dtype.itemsize == 2
+        settings["kv_cache_memory_bytes"] = memory.vllm_cache_bytes(shape, config, half, free, processes=1)
         # vLLM's CPU build packs a tied head by itself, and would keep the old one when new weights come
         settings["hf_overrides"] = settings["hf_overrides"] | {"tie_word_embeddings": False}
     given = {f"--{name.replace('_', '-')}": value for name, value in settings.items() if value not in (False, None)}
@@ -131,14 +132,14 @@ class OwnServer:
         atexit.register(self.close)
 
     @classmethod
-    def start_all(cls, folder: str, model_config, config: Config, bf16: bool) -> dict[str, "OwnServer"]:
+    def start_all(cls, folder: str, model_config, config: Config, dtype: torch.dtype) -> dict[str, "OwnServer"]:
         """One on each GPU of `serve_on`, by address. Nothing is waited for."""
         if not find_spec("vllm"):
             raise UsageError("serve_on needs vLLM, which is not installed: pip install -r requirements-gpu.txt")
         started, folder = {}, lasting(folder)
         for gpu in chosen_gpus(config):
             port = free_port()
-            server = cls(command(folder, model_config, config, bf16, "127.0.0.1", port), gpu, port)
+            server = cls(command(folder, model_config, config, dtype, "127.0.0.1", port), gpu, port)
             started[f"http://127.0.0.1:{port}"] = server
             print(f"a server starts on {f'GPU {gpu}' if gpu else 'the CPU'}; what it says is in {server.log}")
         return started
@@ -201,8 +202,8 @@ def main(argv: list[str]) -> None:
         check_served(model_config)
         if not find_spec("vllm"):
             raise UsageError("vLLM is not installed: pip install -r requirements-gpu.txt")
-        bf16 = config.precision == "bf16" or (config.precision == "auto" and torch.cuda.is_available())
-        words = command(local_name(config.model), model_config, config, bf16, host, port)
+        dtype = DTYPES[choose_precision(config)]
+        words = command(local_name(config.model), model_config, config, dtype, host, port)
         print("VLLM_SERVER_DEV_MODE=1", shlex.join(words), flush=True)
     os.execvpe(words[0], words, environment())
 

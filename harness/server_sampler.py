@@ -16,11 +16,12 @@ from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from torch import nn
 from tqdm import tqdm
 
-from harness import parallel
+from harness import lora, parallel
 from harness.messages import reason_of
 from harness.serve import OwnServer, serve_line
 from harness.settings import Config, Sample, Sampling, UsageError
@@ -37,7 +38,7 @@ class ServerSampler:
 
     PULSE = 10.0  # seconds between looks at a server that is writing
 
-    def __init__(self, folder: str, model: nn.Module, eos_ids: list[int], config: Config, bf16: bool):
+    def __init__(self, folder: str, model: nn.Module, eos_ids: list[int], config: Config, dtype: torch.dtype):
         self.model, self.eos, self.minutes, self.state = model, eos_ids, config.server_minutes, PartialState()
         self.loop = asyncio.new_event_loop()
         # a daemon: what still waits for a server does not keep the program from ending
@@ -46,14 +47,14 @@ class ServerSampler:
         addresses = config.servers
         if config.serve_on:
             if self.state.is_main_process:
-                self.own = OwnServer.start_all(folder, model.config, config, bf16)
+                self.own = OwnServer.start_all(folder, model.config, config, dtype)
             addresses = parallel.of_main_process(list(self.own))
         self.servers = [Server(address, 60 * config.server_minutes) for address in addresses]
         self.name = parallel.of_main_process(name_of_run(uuid.uuid4().hex[:8]))
         self.sent, self.weights = 0, "none"
         for process in range(self.state.num_processes):  # the first one knows how long its own servers need to start
             if process == self.state.process_index:
-                self.now(self._look_at_servers(config, longest_row(model.config, config), bf16))
+                self.now(self._look_at_servers(config, longest_row(model.config, config), dtype))
             self.state.wait_for_everyone()
         self.watching = asyncio.run_coroutine_threadsafe(self._watch_own(), self.loop)
         self.home = folder_for_weights(self.name, model, self.servers, config)
@@ -65,7 +66,7 @@ class ServerSampler:
 
     # The start
 
-    async def _look_at_servers(self, config: Config, longest: int, bf16: bool) -> None:
+    async def _look_at_servers(self, config: Config, longest: int, dtype: torch.dtype) -> None:
         """Raises UsageError for one that is not there, or that does not sample as this run needs it."""
         for server in self.servers:
             try:
@@ -73,7 +74,7 @@ class ServerSampler:
                 has = await server.weights()
             except ServerGone as error:
                 raise UsageError(f"the server at {server.address} {error}. {serve_line(server.address)}") from error
-            server.check(config, longest, bf16)
+            server.check(config, longest, dtype)
             warn_of_strangers(server.address)
             other = process_of(owner(has))
             if other not in (None, os.getpid()) and owner(has) != self.name:
@@ -232,7 +233,7 @@ class ServerSampler:
         before, self.sent = self.weights, self.sent + 1
         self.weights = f"{self.name}-{self.sent}"
         if self.home:
-            weights = {name: weight.cpu() for name, weight in parallel.whole_weights(self.model)}
+            weights = {name: weight.cpu() for name, weight in lora.merged_weights(self.model)}
             if self.state.is_main_process:
                 write_weights(self.model, weights, self.home / self.weights)
                 self.now(self._load_all(is_first=self.sent == 1))

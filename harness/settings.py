@@ -73,8 +73,8 @@ class Config:
     """where to run; auto takes a GPU if there is one"""
     cudnn_attention: bool = False
     """let torch take cuDNN's attention on CUDA: it plans anew for each new length of rows (docs/gpu.md)"""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """arithmetic of the forward and backward pass (of the weights: `optimizer`); auto is bf16 on CUDA, else fp32"""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """arithmetic of the forward and backward pass (of the weights: `optimizer`); auto is bf16 or fp16 on CUDA"""
     about: str = ""
     """a sentence about this recipe, printed at the start"""
 
@@ -157,6 +157,12 @@ class Config:
     """keep the reference model on the CPU while it is not needed"""
 
     # Optimizer
+    lora_rank: int = 0
+    """train adapters of this rank beside the model's frozen weights (LoRA, by PEFT); 0 trains the weights themselves"""
+    lora_alpha: float = 32.0
+    """what an adapter computes is multiplied by this, over lora_rank: one learning rate then does for all ranks"""
+    lora_targets: str = "all-linear"
+    """layers that get an adapter: all-linear, names with commas between them (q_proj,v_proj), or a pattern of names"""
     optimizer: Literal["adamw", "adamw_8bit", "adamw_offload"] = "adamw"
     """adamw, 16 bytes a parameter; adamw_8bit, 6, in bf16 (torchao); adamw_offload, 4 on the card (make_optimizer)"""
     steps: int = 500
@@ -218,7 +224,7 @@ class Config:
             if f.name in LOWEST and value != "auto" and not LOWEST[f.name] <= value < math.inf:
                 why = " (with one completion there is nothing to compare it with)" if f.name == "group_size" else ""
                 raise UsageError(f"{f.name} is {value}, it must be {LOWEST[f.name]} or more{why}")
-            if f.name in ("temperature", "top_p", "lr", "grad_clip", "server_minutes") and not 0 < value < math.inf:
+            if f.name in ABOVE_0 and not 0 < value < math.inf:
                 raise UsageError(f"{f.name} is {value}, it must be greater than 0")
         if unknown := sorted(self.may_have_changed - {f.name for f in dataclasses.fields(self)}):
             raise UsageError(f"allow_changed has {', '.join(unknown)}, and there is no such setting")
@@ -232,12 +238,6 @@ class Config:
         for address in self.servers or [self.server] * bool(self.server):
             if not is_address(address):
                 raise UsageError(f"server has {address!r}, which is no address like http://127.0.0.1:8000")
-        if len(set(self.servers)) > self.prompts_per_step:
-            raise UsageError(f"{len(self.servers)} servers are to share {self.prompts_per_step} prompts_per_step")
-        if len(set(self.servers)) < len(self.servers):
-            raise UsageError(f"server has an address twice: {self.server}")
-        if self.top_p > 1:
-            raise UsageError(f"top_p is {self.top_p}, it must be at most 1")
         contradictions = [
             (self.kl_target and not self.kl_coef,
              "kl_target changes kl_coef by factors, so kl_coef must start above 0: try 0.05"),
@@ -253,6 +253,10 @@ class Config:
              "dead_groups is resample, without a bound: set --resample_rounds, for example 3"),
             (self.resample_rounds and self.dead_groups != "resample",
              "resample_rounds is for --dead_groups resample"),
+            (self.top_p > 1, f"top_p is {self.top_p}, it must be at most 1"),
+            (len(self.servers) > self.prompts_per_step,
+             f"{len(self.servers)} servers are to share {self.prompts_per_step} prompts_per_step"),
+            (len(set(self.servers)) < len(self.servers), f"server has an address twice: {self.server}"),
             (self.server and self.serve_on, "server names servers that there are, serve_on starts new ones: take one"),
             (self.samples_with_servers and self.sampler not in ("auto", "server"),
              f"sampler is {self.sampler}, which is no server: leave server and serve_on out, or the sampler"),
@@ -263,6 +267,10 @@ class Config:
             (self.staleness and not self.samples_all_tokens,
              "with staleness, the ratio is taken against the sampler's log-probs, which top_k and top_p change: leave "
              "them off"),
+            (self.optimizer != "adamw" and (self.lora_rank or self.precision == "fp16"),
+             f"optimizer {self.optimizer} keeps all weights in bf16: lora_rank and precision fp16 go with adamw"),
+            (not self.lora_rank and (self.lora_alpha, self.lora_targets) != (32.0, "all-linear"),
+             "lora_alpha and lora_targets are settings of LoRA, which is off: set --lora_rank, for example 16"),
             (self.overlong_share >= 1, f"overlong_share is {self.overlong_share}, it must be below 1; DAPO has 0.2"),
             (self.advantage == "maxrl" and (self.overlong_share or self.kl_in == "reward"),
              "advantage maxrl is for rewards of 0 and more, which overlong_share and kl_in reward can make negative"),
@@ -330,13 +338,12 @@ LOWEST = dict(group_size=2, prompts_per_step=1, max_prompt_tokens=1, max_complet
 LOWEST |= dict(minibatches=1, tokens_per_microbatch=1, eval_samples=1, save_steps=1, keep_last=1, steps=0, top_k=0)
 LOWEST |= dict(kl_coef=0, kl_target=0, clip_low=0, clip_high=0, warmup_steps=0, weight_decay=0, eval_steps=0)
 LOWEST |= dict(print_groups=0, kv_cache_gb=0, importance_cap=0, resample_rounds=0, overlong_share=0, reward_seconds=0)
-LOWEST |= dict(max_minutes=0, few_shot=0, staleness=0)
-LOWEST |= dict(entropy_coef=0, seed=0)
+LOWEST |= dict(max_minutes=0, few_shot=0, staleness=0, entropy_coef=0, seed=0, lora_rank=0)
+ABOVE_0 = {"temperature", "top_p", "lr", "grad_clip", "server_minutes", "lora_alpha"}
 CHANGEABLE_ON_RESUME = {"steps", "eval_steps", "save_steps", "keep_last", "print_groups", "about", "runs", "resume"}
 CHANGEABLE_ON_RESUME |= {"keep_best", "max_minutes", "allow_changed", "trust_remote_code"}
 CHANGEABLE_ON_RESUME |= {"reflection_words", "report_to", "project", "run_name"}
 # what memory needs
 CHANGEABLE_ON_RESUME |= {"tokens_per_microbatch", "gradient_checkpointing", "offload_reference", "vllm_sleep"}
 CHANGEABLE_ON_RESUME |= {"reward_seconds", "kv_cache_gb", "cudnn_attention"}
-# where the servers are
-CHANGEABLE_ON_RESUME |= {"server", "serve_on", "server_minutes", "weights_folder"}
+CHANGEABLE_ON_RESUME |= {"server", "serve_on", "server_minutes", "weights_folder"}  # where the servers are

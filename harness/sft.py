@@ -38,6 +38,8 @@ def parse_arguments(argv: list[str]) -> tuple[Config, Path, list[str]]:
     config = parse_config(words)
     if config.resume:
         raise UsageError("resume is for runs of grpo.py: here, start again")
+    if config.lora_rank:
+        raise UsageError("lora_rank is for runs of grpo.py: here, all weights are trained")
     if config.steps < 1:
         raise UsageError("steps is 0: there is nothing to train")
     return config, output, words
@@ -56,7 +58,7 @@ from grpo import Policy, TorchSampler, completion_mask
 from harness import loading, optimizers, parallel, prompts, streams, terminal
 from harness.batching import own_microbatches, policy_inputs
 from harness.model_checks import check_model
-from harness.run_folder import whole_weights
+from harness.weights import kept_weights
 
 
 def end_of_answer(run) -> int:
@@ -106,7 +108,7 @@ def sft_step(run, rows: list[Sample]) -> float:
             run.accelerator.backward(loss * scale)
         found += loss.item() * bool(scale)
     norm = float(run.accelerator.clip_grad_norm_(run.policy.parameters(), run.config.grad_clip))
-    if not math.isfinite(norm):
+    if not math.isfinite(norm) and not run.accelerator.scaler:  # which leaves out what overflows in fp16
         raise UsageError("the gradient is not finite: the model has diverged, and is not written. Lower lr")
     run.optimizer.step()
     run.optimizer.zero_grad()
@@ -115,7 +117,7 @@ def sft_step(run, rows: list[Sample]) -> float:
 
 def save(run, folder: Path) -> None:
     """An ordinary model folder, whole or not at all."""
-    weights = whole_weights(run.model, run.optimizer)
+    weights = kept_weights(run.model, run.optimizer)
     if run.accelerator.is_main_process:
         partial = folder.with_name(f".{folder.name}.partial")
         try:

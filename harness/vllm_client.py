@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
+import torch
 
 from harness.messages import reason_of
 from harness.serve import serve_line
@@ -89,14 +90,13 @@ class Server:
                 f"{self.address} answers, but not as vLLM 0.32 does. {serve_line(self.address)}"
             ) from error
 
-    def check(self, config: Config, longest: int, bf16: bool) -> None:
+    def check(self, config: Config, longest: int, dtype: torch.dtype) -> None:
         """Raises UsageError if its kind is not what the run needs; names the flag."""
-        dtype = "bfloat16" if bf16 else "float32"
         wanted = {
             "logprobs_mode": ("processed_logprobs", "--logprobs-mode processed_logprobs"),
             "generation_config": ("vllm", "--generation-config vllm"),
             "head_dtype": ("float32", """--hf-overrides '{"head_dtype": "float32"}'"""),
-            "dtype": (f"torch.{dtype}", f"--dtype {dtype}"),
+            "dtype": (str(dtype), f"--dtype {str(dtype).removeprefix('torch.')}"),
         }
         if config.stop:
             wanted["skip_tokenizer_init"] = (False, "no --skip-tokenizer-init, since there are stop strings")

@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from harness import memory, parallel
+from harness import lora, memory
 from harness.messages import LibraryLog, reason_of
 from harness.settings import Config, Sample, Sampling, UsageError
 
@@ -78,11 +78,11 @@ def longest_row(model_config, config: Config) -> int:
     return min(longest, getattr(model_config, "max_position_embeddings", longest))
 
 
-def engine_settings(model_config, config: Config, bf16: bool, processes: int) -> dict:
+def engine_settings(model_config, config: Config, dtype: torch.dtype, processes: int) -> dict:
     """What an engine needs to sample for this run, be it in this process or in a server: arguments of `vllm.LLM`."""
     rows = max(config.sample_rows, memory.own_rows(config, processes))
     return dict(
-        dtype="bfloat16" if bf16 else "float32",
+        dtype=str(dtype).removeprefix("torch."),
         hf_overrides={"head_dtype": "float32"},  # logits in float32, as the trainer's are
         load_format="dummy",  # the first `sync` brings the weights
         max_model_len=longest_row(model_config, config),
@@ -112,7 +112,7 @@ def request_settings(eos_ids: list[int], group_size: int, sampling: Sampling, se
 class VLLMSampler:
     """Samples with vLLM, in this process. It has weights of its own, which `sync` replaces after each update."""
 
-    def __init__(self, folder: str, model: nn.Module, eos_ids: list[int], config: Config, bf16: bool):
+    def __init__(self, folder: str, model: nn.Module, eos_ids: list[int], config: Config, dtype: torch.dtype):
         # In this process: weights are then handed over by reference. Before the import, which reads it.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
@@ -120,8 +120,9 @@ class VLLMSampler:
         self.model, self.eos = model, eos_ids
         self.on_cpu, self.sleeps, self.asleep = not torch.cuda.is_available(), config.vllm_sleep, False
         free, processes = memory.free_memory(next(model.parameters()).device), PartialState().num_processes
-        settings = engine_settings(model.config, config, bf16, processes) | dict(
-            kv_cache_memory_bytes=memory.vllm_cache_bytes(memory.Shape.of(model.config), config, bf16, free, processes),
+        shape, half = memory.Shape.of(model.config), dtype.itemsize == 2
+        settings = engine_settings(model.config, config, dtype, processes) | dict(
+            kv_cache_memory_bytes=memory.vllm_cache_bytes(shape, config, half, free, processes),
             gpu_memory_utilization=0.05,  # only checked against: the line above says what is taken
             skip_tokenizer_init=not config.stop,  # token ids in, token ids out; strings have to be looked for
             tokenizer=folder,
@@ -169,7 +170,7 @@ class VLLMSampler:
         if self.asleep:
             torch.cuda.empty_cache()  # what the update has used goes back to the card, which vLLM now takes from
             self.llm.wake_up(["weights"])
-        weights = parallel.whole_weights(self.model)
+        weights = lora.merged_weights(self.model)
         self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=weights))
         if self.on_cpu and self.model.config.tie_word_embeddings:
             # vLLM's CPU build keeps the head in a packed copy, which the reload leaves as it was

@@ -18,7 +18,7 @@ import torch
 import yaml
 
 import grpo
-from harness import evaluation, loading, prompts
+from harness import devices, evaluation, loading, prompts
 from harness.batching import policy_inputs
 from harness.command_line import check_folder_of, errors_as_lines, parse_settings
 from harness.metrics import average
@@ -183,7 +183,7 @@ def evaluate(config: EvaluationConfig) -> dict | None:
     )
     task = load_task(settings.task, settings.task_args)
     loading.check_window(model.config, settings)
-    device = loading.make_accelerator(settings).device
+    device = devices.make_accelerator(settings).device
     sampler = grpo.TorchSampler(model.to(device), loading.find_eos(model, tokenizer), settings.sample_rows)
     with torch.no_grad():
         if config.expression:

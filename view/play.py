@@ -14,7 +14,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 import grpo
-from harness import loading, prompts
+from harness import devices, loading, prompts
 from harness.run_folder import RunFolder
 from harness.settings import Config
 from harness.terminal import printable
@@ -53,7 +53,7 @@ def side_by_side(left: list[str], right: list[str], width: int) -> str:
 
 def play(run: Path, config: Config, samples: int, seed: int) -> None:
     task = load_task(config.task, config.task_args, config.reward_seconds)
-    accelerator = loading.make_accelerator(config)
+    accelerator = devices.make_accelerator(config)
     samplers = {}
     for title, name in (("base", config.model), ("trained", trained_model(run, config))):
         model, tokenizer = loading.load_model(name, trust_remote_code=config.trust_remote_code)

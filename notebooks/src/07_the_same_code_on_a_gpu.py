@@ -114,7 +114,7 @@ config = parse_config(["--config", str(ROOT / "configs" / "countdown-workshop.ya
 figure, axis = plt.subplots(figsize=(8, 2.8), layout="constrained")
 colors = {}
 for i, name in enumerate(SHAPES):
-    needs = memory.needs(shape(name), config, bf16=True, vllm=True, on_gpu=True, free=80e9)
+    needs = memory.needs(shape(name), config, half=True, vllm=True, on_gpu=True, free=80e9)
     phase = max(range(3), key=lambda j: sum(parts[j] for parts in needs.values()))  # of sampling, reference, update
     left = 0.0
     for part, sizes in needs.items():

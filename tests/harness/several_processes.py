@@ -13,7 +13,7 @@ from accelerate import PartialState
 from conftest import SHAPE, other_model, random_rollouts
 
 import grpo
-from harness import loading, optimizers, parallel
+from harness import devices, optimizers, parallel
 
 GRPO = dict(tokens_per_microbatch=40)  # five to seven microbatches in all
 CASES = {  # settings of the run, groups of rollouts
@@ -59,7 +59,7 @@ def results(cases: list[str], precision: str = "fp32") -> dict:
         settings = CASES.get(case, (GRPO,))[0] | dict(lr=LR, max_completion_tokens=16, grad_clip=0.5)
         settings |= dict(precision=precision)
         config = grpo.Config(model="m", task="t", device="cpu", **settings)
-        found[case] = trained(case, loading.make_accelerator(config), config)
+        found[case] = trained(case, devices.make_accelerator(config), config)
     return found
 
 

@@ -64,7 +64,7 @@ def test_vllm_on_a_device_that_it_would_not_use_is_refused(monkeypatch, make_con
 def test_bf16_on_a_card_without_it_is_refused(monkeypatch, make_config):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    with pytest.raises(grpo.UsageError, match="this GPU has no bf16: use --precision fp32"):
+    with pytest.raises(grpo.UsageError, match="this GPU has no bf16: use --precision fp16"):
         grpo.train(make_config(precision="bf16"))
 
 

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+import yaml
 from accelerate.utils import DistributedType
 
 import grpo
-from harness import loading, memory, optimizers
+from harness import loading, lora, memory, optimizers
 from harness.memory import Shape, Spread
 
 SHAPE = dict(vocab_size=101, hidden_size=96, intermediate_size=288, num_attention_heads=6, num_key_value_heads=2)
@@ -30,12 +31,13 @@ QWEN3_1_7B = QWEN_3B | dict(intermediate_size=6144, num_hidden_layers=28, num_ke
 GPU = SimpleNamespace(device=torch.device("cuda"), mixed_precision="bf16", num_processes=1, distributed_type="NO")
 
 
-def kept_bytes(config, tokens: int, bf16: bool, checkpointing: bool) -> int:
+def kept_bytes(config, tokens: int, half: bool, checkpointing: bool, rank: int = 0) -> int:
     """Bytes that the forward pass of the base model keeps for its backward pass, besides weights and their copies."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).train()
     if checkpointing:
         model.gradient_checkpointing_enable()
+    add_adapters(model, rank, half)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     shapes = {tuple(sorted(p.shape)) for p in model.parameters() if p.dim() == 2}
     kept = {}
@@ -46,27 +48,36 @@ def kept_bytes(config, tokens: int, bf16: bool, checkpointing: bool) -> int:
             kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor: or its address may be used again
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", enabled=bf16):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", enabled=half):
         hidden = model.base_model(torch.zeros(1, tokens, dtype=torch.long), use_cache=False).last_hidden_state
     assert hidden.requires_grad
     return sum(size for size, _ in kept.values())
 
 
+def add_adapters(model, rank: int, half: bool) -> None:
+    """As a run does it, nothing for rank 0."""
+    config = grpo.Config(model="m", task="t", lora_rank=rank)
+    run = SimpleNamespace(config=config, model=model, checkpoint=None, source="base")
+    run.accelerator = SimpleNamespace(mixed_precision="bf16" if half else "no")
+    lora.add_adapters(run)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("rank", [0, 1, 24])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_activations_are_what_autograd_keeps(name, bf16, checkpointing):
+def test_activations_are_what_autograd_keeps(name, rank, half, checkpointing):
     tokens = 71  # is no width of a weight
-    more, fewer = (kept_bytes(CONFIGS[name](n), tokens, bf16, checkpointing) for n in (4, 2))
-    a, b = (Shape.of(CONFIGS[name](n)).activation_bytes(bf16, checkpointing) for n in (4, 2))
+    more, fewer = (kept_bytes(CONFIGS[name](n), tokens, half, checkpointing, rank) for n in (4, 2))
+    a, b = (Shape.of(CONFIGS[name](n)).activation_bytes(half, checkpointing, rank) for n in (4, 2))
     assert a - b == pytest.approx((more - fewer) / tokens, rel=0.02)
 
 
 def test_a_shape_counts_parameters_without_making_them():
     big = Shape.of(transformers.Qwen2Config(**QWEN_3B))
     assert big.parameters == 3_085_938_688 and big.embeddings == 151936 * 2048  # as the model card says: 3.09 B
-    assert big.cache_bytes(bf16=True) == 36 * 1024 and not big.normalises_queries
-    assert Shape.of(transformers.Qwen2Config(**QWEN_HALF_B)).cache_bytes(bf16=True) == 12 * 1024
+    assert big.cache_bytes(half=True) == 36 * 1024 and not big.normalises_queries
+    assert Shape.of(transformers.Qwen2Config(**QWEN_HALF_B)).cache_bytes(half=True) == 12 * 1024
     untied = Shape.of(transformers.Qwen2Config(**SHAPE, num_hidden_layers=2, tie_word_embeddings=False))
     assert untied.embeddings == 2 * 101 * 96
     assert Shape.of(transformers.Qwen3Config(**SHAPE, num_hidden_layers=2)).normalises_queries
@@ -87,7 +98,7 @@ def test_the_parts_of_a_3b_run():
     assert parts["weights"] == [4 * 3_085_938_688] * 3 and parts["AdamW"] == [8 * n] * 3
     assert parts["gradients"] == [0, 0, 4 * n]
     assert parts["reference"] == [0, 4 * n, 0]  # offloaded but for its own pass
-    assert parts["bf16 copies of the weights"][2] == 2 * (n - 151936 * 2048)
+    assert parts["16-bit copies of the weights"][2] == 2 * (n - 151936 * 2048)
     assert parts["vLLM: weights"] == [2 * n] * 3
     assert parts["key-value cache"] == [int(1.2 * 16 * 4 * 1280 * 36 * 1024)] * 3
     # with gradient checkpointing, the residual stream of each layer and all of one layer, or the logits
@@ -148,12 +159,18 @@ def test_what_fits_is_shown_and_what_does_not_is_refused_with_advice(card, capsy
     needed = memory.peak(table(QWEN_3B, config, free=80e9))
     card(QWEN_3B, config, needed / 1.02)
     out = capsys.readouterr().out
-    assert "may not fit. With --tokens_per_microbatch 2048 --vllm_sleep true it needs about" in out
+    assert "may not fit. With --lora_rank 16 --lr 1e-05 (LoRA: it wants a larger learning rate) it needs about" in out
+    assert "; with all weights trained and --tokens_per_microbatch 2048 --vllm_sleep true, about" in out
+    card(QWEN_3B, replace(config, lora_rank=16), needed / 1.02)
+    assert "may not fit" not in capsys.readouterr().out
+    card(QWEN_HALF_B, replace(config, vllm_sleep=True), memory.peak(table(QWEN_HALF_B, config, free=80e9)) / 1.03)
+    out = capsys.readouterr().out
+    assert "may not fit. With --tokens_per_microbatch 2048 it needs" in out, "costs less than LoRA"
     with pytest.raises(grpo.UsageError, match="of memory, 12.0 are free. Even with .*take a smaller model"):
         card(QWEN_3B, config, 12e9)
-    with pytest.raises(grpo.UsageError, match="are free. With .*--optimizer adamw_8bit it needs"):
+    with pytest.raises(grpo.UsageError, match="are free. With --lora_rank 16 .*all weights .*adamw_8bit, about"):
         card(QWEN_3B, config, 32e9)
-    with pytest.raises(grpo.UsageError, match="are free. With --tokens_per_microbatch .*--gradient_checkpointing true"):
+    with pytest.raises(grpo.UsageError, match="are free. With --lora_rank .*weights trained and --tokens_per_microbatch .*--gradient_checkpointing true"):
         card(QWEN_HALF_B, replace(config, kl_coef=0.0, gradient_checkpointing=False), 19e9)
 
 
@@ -199,20 +216,21 @@ def test_the_advice_comes_true(card, capsys):
     config = replace(recipe("countdown-3b"), offload_reference=False)
     with pytest.raises(grpo.UsageError, match="free. With ") as refused:
         card(QWEN_3B, config, 75e9)
-    flags = str(refused.value).split(" With ")[1].split(" it needs")[0].split()
-    assert "--offload_reference" in flags
-    given = dict(zip([flag[2:] for flag in flags[::2]], flags[1::2], strict=True))
-    typed = {name: value == "true" if value in ("true", "false") else int(value) for name, value in given.items()}
-    capsys.readouterr()
-    card(QWEN_3B, replace(config, **typed), 75e9)
-    out = capsys.readouterr().out
-    assert "may not fit" not in out
-    # in the words of the refusal: what it needs, with the flags and without, beside what is free
-    needed = [memory.peak(table(QWEN_3B, c, free=75e9)) / 1e9 for c in (config, replace(config, **typed))]
+    ways = [re.findall(r"--(\w+) (\S+)", way.replace(",", "")) for way in str(refused.value).split("; with all")]
+    assert ("lora_rank", "16") in ways[0] and ("offload_reference", "true") in ways[1] and len(ways) == 2
+    needed = [memory.peak(table(QWEN_3B, config, free=75e9)) / 1e9]
+    for way in ways:
+        typed = {name: yaml.safe_load(value) for name, value in way} | {"lr": 1e-5}
+        capsys.readouterr()
+        card(QWEN_3B, replace(config, **typed), 75e9)
+        out = capsys.readouterr().out
+        assert "may not fit" not in out
+        needed.append(memory.peak(table(QWEN_3B, replace(config, **typed), free=75e9)) / 1e9)
+        together = next(line for line in out.splitlines() if line.startswith("  together"))
+        assert max(map(float, together.split()[1:])) == pytest.approx(needed[-1], abs=0.06)
+    # in the words of the refusal: what it needs, beside what is free, and what it needs with the flags
     numbers = re.findall(r"about (\d+) GB|, ([\d.]+) are free", str(refused.value))
-    assert [float(a or b) for a, b in numbers] == [round(needed[0]), 75.0, round(needed[1])]
-    together = next(line for line in out.splitlines() if line.startswith("  together"))
-    assert max(map(float, together.split()[1:])) == pytest.approx(needed[1], abs=0.06)
+    assert [float(a or b) for a, b in numbers] == [round(needed[0]), 75.0, *map(round, needed[1:])]
 
 
 @pytest.mark.parametrize(
@@ -277,7 +295,7 @@ def test_optimizers_and_processes_move_the_parts_that_they_should():
 
     eight = parts("adamw_8bit")
     assert (eight["weights"][0], eight["gradients"][2], eight["AdamW"][0]) == (2 * n, 2 * n, 2 * n)
-    assert eight["reference"][1] == 2 * n and "bf16 copies of the weights" not in eight
+    assert eight["reference"][1] == 2 * n and "16-bit copies of the weights" not in eight
     away = parts("adamw_offload")
     assert (away["weights"][0], away["gradients"][2]) == (2 * n, 2 * n) and "AdamW" not in away
     assert parts("adamw_offload", on_gpu=False)["AdamW"][0] == 12 * n, "the CPU's memory is the CPU's memory"
@@ -305,7 +323,7 @@ def live_bytes(work) -> int:
 
 @pytest.mark.usefixtures("no_compile")
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "adamw_offload"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "adamw_offload", "lora"])
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("chunk", [256, 1024])
 def test_the_training_column_is_what_an_update_holds(chunk, bf16, optimizer, checkpointing, accelerator, monkeypatch):
@@ -315,11 +333,13 @@ def test_the_training_column_is_what_an_update_holds(chunk, bf16, optimizer, che
     shape = SHAPE | dict(vocab_size=8000, hidden_size=128, intermediate_size=512, num_hidden_layers=4)
     model_config = transformers.Qwen2Config(**shape | dict(num_attention_heads=4), tie_word_embeddings=True)
     settings = dict(prompts_per_step=2, group_size=2, max_prompt_tokens=64, max_completion_tokens=192, lr=1e-4)
-    settings |= dict(gradient_checkpointing=checkpointing, optimizer=optimizer, tokens_per_microbatch=1024)
+    settings |= dict(gradient_checkpointing=checkpointing, tokens_per_microbatch=1024)
+    settings |= dict(lora_rank=8) if optimizer == "lora" else dict(optimizer=optimizer)
     config = grpo.Config(model="m", task="t", device="cpu", precision="bf16" if bf16 else "fp32", **settings)
     model = transformers.Qwen2ForCausalLM(model_config)
     if checkpointing:
         model.gradient_checkpointing_enable()
+    add_adapters(model, config.lora_rank, bf16)
     policy = grpo.Policy(model)
     policy.forward = torch.autocast("cpu", torch.bfloat16, enabled=bf16)(policy.forward)  # as accelerate does
     adamw = optimizers.make_optimizer(policy, config, accelerator)

@@ -13,7 +13,7 @@ import pytest
 import several_processes
 import torch
 
-from harness import loading, parallel
+from harness import devices, loading, parallel
 from harness.run_folder import RunFolder
 from harness.settings import UsageError
 
@@ -180,7 +180,7 @@ def test_all_know_the_evaluations_that_the_main_process_kept(make_config, monkey
 def test_more_processes_than_prompts_are_refused(make_config, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "64")
     with pytest.raises(UsageError, match="64 processes are to share 32 prompts_per_step"):
-        loading.make_accelerator(make_config())
+        devices.make_accelerator(make_config())
 
 
 def test_more_processes_than_gpus_are_refused(make_config, monkeypatch):
@@ -190,15 +190,15 @@ def test_more_processes_than_gpus_are_refused(make_config, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **kwargs: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UsageError, match="8 processes were started on this machine.* it has 2: accelerate launch"):
-        loading.make_accelerator(make_config())
+        devices.make_accelerator(make_config())
 
 
 def test_processes_that_cannot_meet_are_refused(make_config, monkeypatch):
     """On an Apple GPU each would be a run of its own, without a word."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(loading, "Accelerator", lambda **kwargs: type("Alone", (), dict(num_processes=1, device="mps")))
+    monkeypatch.setattr(devices, "Accelerator", lambda **kwargs: type("Alone", (), dict(num_processes=1, device="mps")))
     with pytest.raises(UsageError, match="2 processes on mps cannot work together"):
-        loading.make_accelerator(make_config())
+        devices.make_accelerator(make_config())
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 7, 12])

@@ -73,7 +73,7 @@ def rows(run: Path, name: str = "rollouts.jsonl") -> list[dict]:
 
 def sampler_of(folder, config) -> tuple:
     model, _ = loading.load_model(folder)
-    return model, ServerSampler(folder, model, [2], config, bf16=False)
+    return model, ServerSampler(folder, model, [2], config, dtype=torch.float32)
 
 
 def change(model) -> None:

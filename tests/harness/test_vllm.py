@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState
 from conftest import largest_difference, largest_gap, updated
 
 from harness.batching import policy_inputs
+from harness.devices import DTYPES
 from harness.prompts import Problem, encode_prompt
 from harness.proven_sampler import check_sampler
 from harness.vllm_sampler import VLLMSampler, graph_sizes, shape_folder
@@ -75,7 +76,7 @@ class NoEngine:
 
 def test_vllm_samples_from_the_model_before_and_after_updates(folder, config):
     model, _ = loading.load_model(folder)
-    sampler = VLLMSampler(folder, model, [2], config, bf16=False)
+    sampler = VLLMSampler(folder, model, [2], config, dtype=torch.float32)
     rollouts = sampler.generate(PROMPTS, 16, grpo.Sampling(24), seed=3)
     assert [r.prompt_ids for r in rollouts] == [p for p in PROMPTS for _ in range(16)]
     assert largest_gap(model, rollouts) < 1e-3
@@ -112,7 +113,7 @@ def test_settings_of_vllm_reach_it(folder, config):
         found = {}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(vllm, "LLM", lambda folder, **more: found.update(more, folder=folder) or NoEngine())
-            VLLMSampler(folder, model, [2], replace(config, **settings), settings.get("precision") == "bf16")
+            VLLMSampler(folder, model, [2], replace(config, **settings), DTYPES[settings.get("precision", "no")])
         return found
 
     model, _ = loading.load_model(folder)
@@ -124,6 +125,7 @@ def test_settings_of_vllm_reach_it(folder, config):
         (dict(vllm_sleep=True), "enable_sleep_mode", True),
         (dict(seed=7), "seed", 7),
         (dict(precision="bf16"), "dtype", "bfloat16"),
+        (dict(precision="fp16"), "dtype", "float16"),
         (dict(max_completion_tokens=30), "max_model_len", 160 + 30 + 32),
         (dict(trust_remote_code=True), "trust_remote_code", True),
         (dict(sample_rows=64), "max_num_seqs", 64),
@@ -133,7 +135,7 @@ def test_settings_of_vllm_reach_it(folder, config):
         of_rows = {"kv_cache_memory_bytes", "compilation_config"} if name == "max_num_seqs" else set()
         assert {key for key in plain if other[key] != plain[key]} - of_rows == {name} and other[name] == value
     # and what is asked for is what the engine takes
-    sampler = VLLMSampler(folder, model, [2], replace(config, kv_cache_gb=0.2), bf16=False)
+    sampler = VLLMSampler(folder, model, [2], replace(config, kv_cache_gb=0.2), dtype=torch.float32)
     engine = sampler.llm.llm_engine.vllm_config
     assert engine.cache_config.kv_cache_memory_bytes == 200_000_000
     assert engine.model_config.max_model_len == 160 + 24 + 32
@@ -147,7 +149,7 @@ def test_a_completion_that_ends_at_once_is_its_end_of_sequence_token(folder, con
         hidden = model.base_model(torch.tensor([PROMPTS[0]])).last_hidden_state[0, -1]
         model.lm_head.weight.zero_()
         model.lm_head.weight[2] = 50 * hidden / hidden.square().sum()
-    sampler = VLLMSampler(folder, model, [2], config, bf16=False)
+    sampler = VLLMSampler(folder, model, [2], config, dtype=torch.float32)
     sampler.sync()
     for rollouts in (
         sampler.generate(PROMPTS[:1], 4, grpo.Sampling(24), seed=0),
@@ -165,7 +167,7 @@ def test_a_completion_that_ends_at_once_is_its_end_of_sequence_token(folder, con
 def test_a_sampler_that_sleeps_is_given_its_weights_before_its_cache(folder, config, monkeypatch):
     """A CPU build of vLLM cannot sleep: what is tested here is the order of the calls."""
     model, _ = loading.load_model(folder)
-    sampler = VLLMSampler(folder, model, [2], config, bf16=False)
+    sampler = VLLMSampler(folder, model, [2], config, dtype=torch.float32)
     calls, rpc, reset = [], sampler.llm.collective_rpc, sampler.llm.reset_prefix_cache
     monkeypatch.setattr(sampler.llm, "sleep", lambda level: calls.append(f"sleep {level}"))
     monkeypatch.setattr(sampler.llm, "wake_up", lambda tags: calls.append(f"wake {tags}"))
@@ -202,7 +204,7 @@ def self_test(sampler, model, accelerator, config) -> None:
 def test_the_self_test_passes_and_leaves_the_model_as_it_was(folder, config, accelerator):
     model, _ = loading.load_model(folder)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    sampler = VLLMSampler(folder, model, [2], config, bf16=False)
+    sampler = VLLMSampler(folder, model, [2], config, dtype=torch.float32)
     self_test(sampler, model, accelerator, config)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert largest_gap(model, sampler.generate(PROMPTS, 4, grpo.Sampling(24), seed=3)) < 1e-3
@@ -214,7 +216,7 @@ def test_the_self_test_passes_and_leaves_the_model_as_it_was(folder, config, acc
 @pytest.mark.parametrize("folder", ["qwen2 tied", "qwen2"], indirect=True)
 def test_the_self_test_catches(fault, folder, config, accelerator, monkeypatch):
     model, _ = loading.load_model(folder)
-    sampler = VLLMSampler(folder, model, [2], config, bf16=False)
+    sampler = VLLMSampler(folder, model, [2], config, dtype=torch.float32)
     if fault == "nothing is synced":
         monkeypatch.setattr(sampler, "sync", lambda: None)
     elif fault == "prefix cache":
@@ -258,7 +260,8 @@ def test_a_run_with_vllm_repeats_resumes_and_agrees_with_its_trainer(config, mon
 def test_the_gradient_is_that_of_the_torch_sampler(folder, config, accelerator):
     """Of the same completions, with the log-probs of the one and of the other."""
     model, _ = loading.load_model(folder)
-    samples = VLLMSampler(folder, model, [2], config, bf16=False).generate(PROMPTS, 8, grpo.Sampling(24), seed=3)
+    sampler = VLLMSampler(folder, model, [2], config, dtype=torch.float32)
+    samples = sampler.generate(PROMPTS, 8, grpo.Sampling(24), seed=3)
     rollouts = [grpo.Rollout(**sample._asdict()) for sample in samples]
     with torch.no_grad():
         logps, _ = grpo.Policy(model)(**policy_inputs(rollouts, "cpu"))
@@ -365,7 +368,7 @@ def test_stop_strings_end_a_completion_as_with_torch(folder, config):
     """With the token that completes one; ids and log-probs are those that were sampled."""
     stops = ("7", "12", "=")
     model, tokenizer = loading.load_model(folder)
-    sampler = VLLMSampler(folder, model, [2], replace(config, stop=list(stops)), bf16=False)
+    sampler = VLLMSampler(folder, model, [2], replace(config, stop=list(stops)), dtype=torch.float32)
     torch_sampler = grpo.TorchSampler(model, [2], tokenizer=tokenizer)
     for found in (s.generate(PROMPTS, 16, grpo.Sampling(24, stop=stops), seed=3) for s in (sampler, torch_sampler)):
         ended = 0
@@ -386,7 +389,7 @@ def test_smollm2_writes_what_it_writes_with_torch(smollm2_folder, tmp_path):
     ids = [encode_prompt(tokenizer, Sentences(), {"words": given})[1] for given in words]
     settings = dict(prompts_per_step=3, group_size=4, max_prompt_tokens=100, max_completion_tokens=24, kv_cache_gb=0.3)
     config = grpo.Config(str(smollm2_folder), "sentences", **settings, device="cpu")
-    sampler = VLLMSampler(str(smollm2_folder), model, [0, 2], config, bf16=False)
+    sampler = VLLMSampler(str(smollm2_folder), model, [0, 2], config, dtype=torch.float32)
 
     def check(model, sampler):
         torch_sampler = grpo.TorchSampler(model, [0, 2])

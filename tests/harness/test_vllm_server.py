@@ -93,9 +93,9 @@ def test_servers_write_what_vllm_in_this_process_writes(folder, servers):
     """Token by token, before and after updates, one server or two."""
     model, _ = loading.load_model(folder)
     one, *_ = servers
-    inside = VLLMSampler(folder, model, [2], config_of(folder, stop=["7"]), bf16=False)
+    inside = VLLMSampler(folder, model, [2], config_of(folder, stop=["7"]), dtype=torch.float32)
     outside = [
-        ServerSampler(folder, model, [2], config_of(folder, server=address, stop=["7"]), bf16=False)
+        ServerSampler(folder, model, [2], config_of(folder, server=address, stop=["7"]), dtype=torch.float32)
         for address in (",".join(servers), one)
     ]
     for _ in range(2):
@@ -117,7 +117,7 @@ def test_servers_write_what_vllm_in_this_process_writes(folder, servers):
 
 def test_a_killed_server_gets_its_weights_again(folder, servers):
     model, _ = loading.load_model(folder)
-    sampler = ServerSampler(folder, model, [2], config_of(folder, server=",".join(servers)), bf16=False)
+    sampler = ServerSampler(folder, model, [2], config_of(folder, server=",".join(servers)), dtype=torch.float32)
     sampler.own = servers
     expected = sampler.generate(PROMPTS, 6, grpo.Sampling(24), seed=3)
     answers = sampler.begin(PROMPTS * 8, 6, grpo.Sampling(200), seed=3)
@@ -214,8 +214,8 @@ def test_smollm2_is_served(smollm2_folder, tmp_path):
     prompts = [tokenizer(text)["input_ids"] for text in ("The snow on the road", "My dog is", "Two and two")]
     config = replace(config_of(folder), max_prompt_tokens=32, max_completion_tokens=24, serve_on="cpu", kv_cache_gb=0.3)
     eos = [0, 2]
-    outside = ServerSampler(folder, model, eos, config, bf16=False)
-    inside = VLLMSampler(folder, model, eos, replace(config, serve_on=""), bf16=False)
+    outside = ServerSampler(folder, model, eos, config, dtype=torch.float32)
+    inside = VLLMSampler(folder, model, eos, replace(config, serve_on=""), dtype=torch.float32)
     for _ in range(2):
         likely = [s.generate(prompts, 1, LIKELY, seed=0) for s in (outside, inside)]
         same_but_for_rounding(*likely)
