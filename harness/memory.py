@@ -254,8 +254,9 @@ def lower(table_of, config: Config, limit: float, can_sleep: bool) -> str:
         more, with_lora = cheapest(table_of, replace(config, **adapters), limit, can_sleep)
         if with_lora <= limit:
             more = dict(lora_rank=ADVISED_RANK, lr=f"{10 * config.lr:g}") | more
-            told = f"With {as_flags(more)} (LoRA: it wants a larger learning rate) it needs about {with_lora / 1e9:.0f} GB"
-            return told + (f"; with all weights trained and {flags}, about {needed / 1e9:.0f} GB" if fits else "")
+            told = f"With {as_flags(more)} (LoRA: it wants a larger learning rate) it needs about"
+            other = f"; with all weights trained and {flags}, about {needed / 1e9:.0f} GB" if fits else ""
+            return f"{told} {with_lora / 1e9:.0f} GB{other}"
     if fits:
         return f"With {flags} it needs about {needed / 1e9:.0f} GB"
     with_flags = f"Even with {flags} it needs" if changed else "It needs"

@@ -36,6 +36,7 @@ SMALLEST = {
         ["--steps", "1", "--out", "OUT/log"],
         [f"log/{name}" for name in ("config.yaml", "eval.jsonl", "metrics.jsonl", "rollouts.jsonl")],
     ),
+    "lora": ([*ONE_RUN, "--seeds", "0", "--arms", "rank 1, 0.001", "--out", "OUT/l.md"], ["l.md", "l.png"]),
     "mathformer_vs_bloom": (["--tiny", "--turns", "1", "--threads", "1", "--sizes", "tiny"], []),
     "memory_flat": (["--steps", "1", "--out", "OUT/m.md"], ["m.md"]),
     "page_and_program": (["--tiny", "--seeds", "0", "--out", "OUT/p.md"], ["p.md"]),
