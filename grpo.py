@@ -486,7 +486,7 @@ def optimizer_step(
     norm = None
     if trained:
         norm = float(accelerator.clip_grad_norm_(policy.parameters(), config.grad_clip))
-        if math.isfinite(norm) or accelerator.scaler:  # which leaves such a step out by itself
+        if math.isfinite(norm) or accelerator.scaler:  # which skips such steps
             optimizer.step()
     optimizer.zero_grad()
     figures.add_step(norm)

@@ -143,7 +143,8 @@ class Gradients:
 
     def __init__(self, hidden, weight, bias, needed):
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        self.hidden = torch.empty_like(hidden) if needed[0] else None
+        # the loss may be scaled later: until then fp16 could not hold it
+        self.hidden = torch.empty_like(hidden, dtype=wide) if needed[0] else None
         self.weight = torch.zeros_like(weight, dtype=wide) if needed[1] else None
         self.bias = torch.zeros_like(bias, dtype=wide) if bias is not None and needed[2] else None
 

@@ -210,9 +210,11 @@ class Alarms:
          "stale? Try --sampler torch, or correct for it with --old_logps trainer --importance_cap 2"),
     )  # fmt: skip
     NOT_FINITE = 3  # steps in a row
+    NOT_FINITE_SCALED = 20  # in fp16 a first gradient overflows until its scale, 2**16, has been halved often enough
 
-    def __init__(self, updates: int):
+    def __init__(self, updates: int, scaled: bool = False):
         self.updates, self.counts = updates, Counter()  # optimizer steps in a step
+        self.patience = self.NOT_FINITE_SCALED if scaled else self.NOT_FINITE
         self.dead = deque(maxlen=10)  # shares of dead groups, of the last steps
 
     def __call__(self, row: dict) -> list[str]:
@@ -226,9 +228,9 @@ class Alarms:
                 warnings.append(text)
         none_was_good = row["nonfinite_updates"] and row["nonfinite_updates"] + row["skipped_updates"] == self.updates
         self.counts["nonfinite"] = self.counts["nonfinite"] + 1 if none_was_good else 0
-        if self.counts["nonfinite"] == self.NOT_FINITE:
+        if self.counts["nonfinite"] == self.patience:
             raise UsageError(
-                f"the gradient was not finite in {self.NOT_FINITE} steps in a row, up to step {row['step']}: no weight "
+                f"the gradient was not finite in {self.patience} steps in a row, up to step {row['step']}: no weight "
                 "was changed in them, every completion is in rollouts.jsonl. Go back to a checkpoint, and try a lower "
                 "lr, or --precision fp32"
             )

@@ -157,10 +157,12 @@ WATCH = Watch()
 class Progress:
     """The bar of a run, its alarms, and now and then two groups; `progress` makes it."""
 
-    def __init__(self, config: Config, step: int, shown: bool, stop: threading.Event, started: float):
-        self.config, self.stop, self.alarms = config, stop, Alarms(config.epochs * config.minibatches)
+    def __init__(self, config: Config, step: int, accelerator, stop: threading.Event, started: float):
+        self.config, self.stop = config, stop
+        self.alarms = Alarms(config.epochs * config.minibatches, scaled=bool(accelerator.scaler))
         self.ends, self.longest, self.last = started + 60 * config.max_minutes, 0.0, None
         self.step, self.out_of_time = step, False
+        shown = config.steps and accelerator.is_main_process
         self.bar = tqdm(total=config.steps, initial=step, unit="step", dynamic_ncols=True, disable=not shown)
 
     def stopping(self) -> bool:
@@ -197,7 +199,7 @@ class Progress:
 def progress(config: Config, step: int, accelerator, started: float):
     """The `Progress` of a run that goes on from `step`; a signal lets the step be finished."""
     with finish_step_on_signal() as stop:
-        shown = Progress(config, step, bool(config.steps and accelerator.is_main_process), stop, started)
+        shown = Progress(config, step, accelerator, stop, started)
         try:
             yield shown
         finally:

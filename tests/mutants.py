@@ -188,7 +188,7 @@ WIRING = [
            "csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))",
            'csv.DictWriter(file, list(rows[0]), extrasaction="ignore")'),
     mutant("test_run.py::test_steps_end_a_run_only_if_none_of_their_updates_was_good", "alarms count minibatches, not epochs",
-           "Progress.__init__", "Alarms(config.epochs * config.minibatches)", "Alarms(config.minibatches)"),
+           "Progress.__init__", "Alarms(config.epochs * config.minibatches,", "Alarms(config.minibatches,"),
     setting("kl_target", "the adapted KL coefficient does not reach the reward", "train",
             "assign_advantages(rollouts, config)", "assign_advantages(rollouts, run.folder.config)"),
     setting("kl_target", "the adapted KL coefficient does not reach the loss", "train",

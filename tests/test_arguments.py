@@ -887,6 +887,7 @@ DEFAULTS = {
     | dict(ratio="token", surrogate="clip", clip_low=0.2, clip_high=0.2, kl_coef=0, kl_kind="k3", kl_in="loss")
     | dict(kl_target=0, entropy_coef=0, old_logps="sampler", epochs=1, minibatches=1, importance_cap=0, steps=500)
     | dict(dead_groups="auto", resample_rounds=0, mask_truncated=False, overlong_share=0, offload_reference=False)
+    | dict(lora_rank=0, lora_alpha=32, lora_targets="all-linear")
     | dict(optimizer="adamw", lr=1e-6, lr_schedule="constant", warmup_steps=0, weight_decay=0, grad_clip=1)
     | dict(tokens_per_microbatch=8192, gradient_checkpointing=False, eval_steps=50, eval_samples=8, runs="runs")
     | dict(save_steps=50, keep_last=2, keep_best=True, max_minutes=0, print_groups=50, cudnn_attention=False)

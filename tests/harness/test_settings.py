@@ -79,7 +79,8 @@ class Seen:
         return self.rows("metrics.jsonl")
 
     def weights(self, step: int) -> dict[str, torch.Tensor]:
-        return load_file(self.folder / f"checkpoint-{step}" / "model.safetensors")
+        (file,) = (self.folder / f"checkpoint-{step}").glob("*model.safetensors")  # with LoRA, an adapter's
+        return load_file(file)
 
     def moments(self, step: int) -> dict[str, torch.Tensor]:
         return load_file(self.folder / f"checkpoint-{step}" / "optimizer.state")
@@ -524,6 +525,20 @@ def check_optimizer(saved):
     return check
 
 
+def check_lora_rank(a, b, stands):
+    assert len(b.weights(1)) == 2 * 2 * 4 and {min(value.shape) for value in b.weights(1).values()} == {4}
+    assert b.metrics[0]["loss"] == about(a.metrics[0]["loss"]), "adapters begin without effect"
+
+
+def check_lora_alpha(a, b, stands):
+    assert b.metrics[0]["grad_norm"] == about(a.metrics[0]["grad_norm"] * 8 / 32)
+
+
+def check_lora_targets(a, b, stands):
+    assert b.weights(1).keys() < a.weights(1).keys() and all("query_key_value" in name for name in b.weights(1))
+    assert b.metrics[0]["grad_norm"] < a.metrics[0]["grad_norm"]
+
+
 def check_eval_samples(a, b, stands):
     assert a.rows("eval.jsonl")[0]["pass_at_k"].keys() == {"1", "2"}
     assert b.rows("eval.jsonl")[0]["pass_at_k"].keys() == {"1", "2", "3"}
@@ -634,6 +649,9 @@ CASES = [
     of("offload_reference", "true", "", check_offload_reference, kl_coef=0.5),
     of("optimizer", "adamw_8bit", "dtypes weights", check_optimizer(torch.bfloat16), may="completions evaluation"),
     of("optimizer", "adamw_offload", "dtypes weights", check_optimizer(torch.float32), may="completions evaluation"),
+    of("lora_rank", 4, "gradient weights", check_lora_rank, may="passes layers counts"),
+    of("lora_alpha", 8.0, "gradient", check_lora_alpha, may="weights", lora_rank=4),
+    of("lora_targets", "query_key_value", "gradient weights", check_lora_targets, lora_rank=4),
     of("steps", 3, "lr files evaluated passes sampled layers counts", may="later"),
     of("lr", 3e-3, "lr weights", check_lr),
     of("lr_schedule", "linear", "lr later", check_schedule(2 / 3, 1 / 3), steps=3),
@@ -806,6 +824,7 @@ VALUES |= {
 }
 VALUES |= {case.name: case.changed[case.name] for case in CASES if not case.base or len(case.changed) == 1}
 NEEDS = {"kl_target": dict(kl_coef=0.5), "resample_rounds": dict(dead_groups="resample", resample_rounds=1)}
+NEEDS |= {"lora_alpha": dict(lora_rank=4), "lora_targets": dict(lora_rank=4)}
 NEEDS |= {"kl_in": dict(kl_coef=0.5, advantage="rloo"), "importance_cap": dict(old_logps="trainer")}
 
 
