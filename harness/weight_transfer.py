@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from harness import parallel
+from harness import lora, parallel
 from harness.messages import reason_of
 from harness.serve import free_port
 from harness.settings import Config, UsageError
@@ -107,12 +107,27 @@ def nccl_sender(server: Server, workers: int, model: nn.Module, minutes: float):
         place = own_address(server.address), free_port(), 1 + workers
         info = nccl.NCCLTrainerInitInfo(*parallel.of_main_process(place), rank=PartialState().process_index)
         client = clients.HTTPVLLMWeightSyncClient(server.address, timeout=60 * minutes)
-        return nccl.NCCLTrainerWeightTransferEngine.trainer_init(info, client=client, source=base.ModuleSource(model))
+        source = merged_source(base, model) if lora.adapted(model) else base.ModuleSource(model)
+        return nccl.NCCLTrainerWeightTransferEngine.trainer_init(info, client=client, source=source)
     except Exception as error:  # of vLLM, NCCL, HTTP or sockets
         raise UsageError(
             f"NCCL does not connect this GPU with the server at {server.address}: {reason_of(error)}. --weights_folder "
             "takes the weights there in files"
         ) from error
+
+
+def merged_source(base, model: nn.Module):
+    """What vLLM's `ModuleSource` is for a model without adapters; `base` is the module of vLLM that has it."""
+
+    class MergedSource(base.WeightSource):
+        def metadata(self):
+            names = {name.replace(".base_layer.", "."): p for name, p in model.named_parameters()}
+            return [base.ParamMeta(n, p.dtype, tuple(p.shape)) for n, p in names.items() if not lora.is_adapter(n)]
+
+        def __iter__(self):
+            return lora.merged_weights(model)
+
+    return MergedSource()
 
 
 def own_address(server: str) -> str:

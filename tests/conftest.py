@@ -8,6 +8,7 @@ import random
 import tempfile
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for a server
 os.environ.setdefault("MKL_CBWR", "AUTO")  # as grpo.py does, which comes behind torch here
@@ -32,8 +33,9 @@ from transformers import (
 )
 
 import grpo
-from harness import curves, smollm2
+from harness import curves, lora, smollm2
 from harness.batching import policy_inputs
+from harness.model_checks import switch_off_noise
 from mathformer.tokenizer import build_tokenizer
 from mathformer.train import build_model
 from tasks import UsageError
@@ -235,6 +237,26 @@ def expected_loss(model, rollouts: list[grpo.Rollout], config: grpo.Config) -> t
             kl = kl if config.kl_in == "loss" else 0.0
             total = total + weight * (-surrogate + config.kl_coef * kl - config.entropy_coef * entropy)
     return total
+
+
+def with_adapters(model, config: grpo.Config, precision: str = "no", filled: bool = True):
+    """The model, in which a run with this LoRA has put adapters; `filled`: with a B that changes what it computes."""
+    run = SimpleNamespace(config=config, model=model, checkpoint=None, source="base")
+    run.accelerator = SimpleNamespace(mixed_precision=precision)
+    switch_off_noise(model)
+    lora.add_adapters(run)
+    if filled:
+        fill_adapters(model, 1)
+    return model
+
+
+def fill_adapters(model, seed: int) -> None:
+    """New random matrices B, which change each weight by a third of its size."""
+    torch.manual_seed(seed)
+    sizes = lora.noise_sizes(model)
+    for name, weight in lora.trained(model).items():
+        if "lora_B" in name:
+            weight.data.normal_(0, 0.3 * sizes[weight])
 
 
 def largest_gap(model, samples) -> float:

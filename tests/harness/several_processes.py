@@ -10,10 +10,10 @@ import sys
 
 import torch
 from accelerate import PartialState
-from conftest import SHAPE, other_model, random_rollouts
+from conftest import SHAPE, other_model, random_rollouts, with_adapters
 
 import grpo
-from harness import devices, optimizers, parallel
+from harness import devices, lora, optimizers, parallel
 
 GRPO = dict(tokens_per_microbatch=40)  # five to seven microbatches in all
 CASES = {  # settings of the run, groups of rollouts
@@ -22,6 +22,7 @@ CASES = {  # settings of the run, groups of rollouts
     "minibatches and a KL": (GRPO | dict(minibatches=2, kl_coef=0.01, loss_weight="sequence"), 3),
     "sequence ratio": (GRPO | dict(ratio="sequence", entropy_coef=0.01, loss_weight="constant"), 3),
     "nothing to learn": (GRPO, 1),
+    "adapters": (GRPO | dict(lora_rank=4, kl_coef=0.01), 3),
     "8-bit moments": (GRPO | dict(optimizer="adamw_8bit"), 4),
     "moments on the CPU": (GRPO | dict(optimizer="adamw_offload"), 4),
 }
@@ -37,12 +38,17 @@ def rows(case: str) -> list[grpo.Rollout]:
 
 def trained(case: str, accelerator, config: grpo.Config) -> dict:
     model = other_model("qwen2")
+    if config.lora_rank:
+        with_adapters(model, config)
     policy = grpo.Policy(model, entropy_gradient=config.entropy_coef > 0)
     optimizer = optimizers.make_optimizer(policy, config, accelerator)
     policy, optimizer = accelerator.prepare(policy, optimizer)
     rollouts = rows(case)
     grpo.add_logps("old_logps", policy, rollouts, accelerator, config)
     logps = [r.old_logps for r in rollouts]
+    if config.lora_rank:
+        grpo.add_logps("ref_logps", lora.WithoutAdapters(policy), rollouts, accelerator, config)
+        logps += [r.ref_logps for r in rollouts]
     if case == "one row":  # of which two processes have one and none
         rollouts = [r for r in rollouts if r.advantage > 0][:1]
     for step in (1, 2, 3):

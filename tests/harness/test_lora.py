@@ -10,13 +10,11 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import PRETRAINED, expected_loss, largest_gap, other_model, random_rollouts
+from conftest import PRETRAINED, expected_loss, largest_gap, other_model, random_rollouts, with_adapters
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 import grpo
-from harness import loading, lora, memory, optimizers
-from harness.model_checks import switch_off_noise
+from harness import loading, lora, memory, optimizers, weight_transfer
 from harness.proven_sampler import check_sampler
 from harness.settings import Sample, Sampling
 
@@ -30,19 +28,6 @@ def plain(request, model):
     return model if request.param == "mathformer" else other_model(request.param)
 
 
-def with_adapters(model: nn.Module, config: grpo.Config, precision: str = "no", filled: bool = True) -> nn.Module:
-    """A copy of it; `filled`: with a B that is not 0."""
-    run = SimpleNamespace(config=config, model=copy.deepcopy(model), checkpoint=None, source="base")
-    run.accelerator = SimpleNamespace(mixed_precision=precision)
-    switch_off_noise(run.model)
-    lora.add_adapters(run)
-    torch.manual_seed(1)
-    for name, weight in lora.trained(run.model).items():
-        if filled and "lora_B" in name:
-            weight.data.normal_(0, 0.05)
-    return run.model
-
-
 def written(model) -> list[Sample]:
     """What a model writes, with its log-probs."""
     return grpo.TorchSampler(model, [2]).generate([[1, 5, 6], [1, 7]], 4, Sampling(12), seed=0)
@@ -54,7 +39,7 @@ def written(model) -> list[Sample]:
 @pytest.mark.parametrize("plain", MODELS, indirect=True)
 def test_loss_and_gradient_are_those_of_peft_in_a_plain_loop(plain, make_config, accelerator):
     config = make_config(lora_rank=4, lora_alpha=8, kl_coef=0.1, tokens_per_microbatch=40)
-    ours, rollouts = with_adapters(plain.double(), config).double(), random_rollouts(33)
+    ours, rollouts = with_adapters(copy.deepcopy(plain.double()), config).double(), random_rollouts(33)
     theirs = peft.get_peft_model(
         copy.deepcopy(plain),
         peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", fan_in_fan_out="GPT2" in type(plain).__name__),
@@ -78,7 +63,7 @@ def test_loss_and_gradient_are_those_of_peft_in_a_plain_loop(plain, make_config,
 
 @pytest.mark.parametrize("plain", MODELS, indirect=True)
 def test_merged_weights_compute_what_weights_and_adapters_do(plain, make_config):
-    model = with_adapters(plain, make_config(lora_rank=4))
+    model = with_adapters(copy.deepcopy(plain), make_config(lora_rank=4))
     merged = dict(lora.merged_weights(model))
     assert list(merged) == [name for name, _ in plain.named_parameters()]
     assert {name: weight.shape for name, weight in merged.items()} == {n: p.shape for n, p in plain.named_parameters()}
@@ -91,7 +76,7 @@ def test_merged_weights_compute_what_weights_and_adapters_do(plain, make_config)
 
 def test_merging_rounds_once(make_config):
     plain = other_model("qwen2")
-    model = with_adapters(plain, make_config(lora_rank=4), "bf16")
+    model = with_adapters(copy.deepcopy(plain), make_config(lora_rank=4), "bf16")
     merged, exact = dict(lora.merged_weights(model)), dict(lora.merged_weights(model, torch.float32))
     name = "model.layers.1.mlp.up_proj.weight"
     layer = model.get_submodule(name.removesuffix(".weight"))
@@ -103,7 +88,7 @@ def test_merging_rounds_once(make_config):
 
 def test_without_adapters_it_is_the_model_of_the_start(make_config):
     plain = other_model("qwen2")
-    model, samples = with_adapters(plain, make_config(lora_rank=4)), written(plain)
+    model, samples = with_adapters(copy.deepcopy(plain), make_config(lora_rank=4)), written(plain)
     reference = lora.WithoutAdapters(grpo.Policy(model))
     with torch.no_grad():
         logps, _ = reference(**grpo.policy_inputs(samples, "cpu"))
@@ -115,7 +100,8 @@ def test_without_adapters_it_is_the_model_of_the_start(make_config):
 
 def test_adapters_start_without_effect_and_alike_for_a_seed(make_config):
     plain = other_model("qwen2")
-    a, b, c = (with_adapters(plain, make_config(lora_rank=4, seed=seed), filled=False) for seed in (0, 0, 1))
+    configs = [make_config(lora_rank=4, seed=seed) for seed in (0, 0, 1)]
+    a, b, c = (with_adapters(copy.deepcopy(plain), config, filled=False) for config in configs)
     assert largest_gap(a, written(plain)) < 1e-5
     names = [name for name in lora.trained(a) if "lora_A" in name]
     assert all(torch.equal(lora.trained(a)[name], lora.trained(b)[name]) for name in names)
@@ -138,7 +124,7 @@ def test_gradient_checkpointing_changes_no_gradient(name, checkpointing, make_co
         plain = other_model(name)
         if on:
             plain.gradient_checkpointing_enable()
-        model = with_adapters(plain, make_config(lora_rank=4))
+        model = with_adapters(copy.deepcopy(plain), make_config(lora_rank=4))
         optimizer = torch.optim.SGD(lora.trained(model).values(), lr=1.0)
         before = {n: p.detach().clone() for n, p in lora.trained(model).items()}
         grpo.update(grpo.Policy(model), optimizer, accelerator, random_rollouts(33), make_config(lr=1.0), step=1)
@@ -353,7 +339,7 @@ def only_at_first(model):
 @pytest.mark.parametrize("filled", [True, False])
 def test_a_sampler_with_old_adapters_is_seen_at_the_start(filled, renew, follows, make_config, accelerator):
     base, config = other_model("qwen2"), make_config(lora_rank=4, max_completion_tokens=8, max_prompt_tokens=20)
-    model = with_adapters(base, config, filled=filled)
+    model = with_adapters(copy.deepcopy(base), config, filled=filled)
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     sampler = OwnWeights(model, base, renew)
 
@@ -370,7 +356,7 @@ def test_a_sampler_with_old_adapters_is_seen_at_the_start(filled, renew, follows
 
 @pytest.mark.parametrize("plain", MODELS, indirect=True)
 def test_the_noise_of_the_self_test_changes_each_matrix_as_much_as_it_would_without_lora(plain, make_config):
-    model = with_adapters(plain, make_config(lora_rank=4, lora_alpha=64), filled=False)
+    model = with_adapters(copy.deepcopy(plain), make_config(lora_rank=4, lora_alpha=64), filled=False)
     sizes = lora.noise_sizes(grpo.Policy(model))
     assert {id(weight) for weight in sizes} == set(map(id, lora.trained(model).values()))
     torch.manual_seed(0)
@@ -379,6 +365,18 @@ def test_the_noise_of_the_self_test_changes_each_matrix_as_much_as_it_would_with
         b.data.normal_(0, sizes[b])
         size = layer.base_layer.weight.abs().mean()
         assert lora.change(layer).std() == pytest.approx(size.item(), rel=0.35)
+
+
+def test_nccl_gets_the_merged_weights_by_the_names_of_the_model(make_config):
+    base = SimpleNamespace(WeightSource=object, ParamMeta=lambda *described: described)
+    plain = other_model("qwen2")
+    model = with_adapters(copy.deepcopy(plain), make_config(lora_rank=4), "bf16")
+    source = weight_transfer.merged_source(base, model)
+    expected = dict(lora.merged_weights(model))
+    assert source.metadata() == [(name, torch.bfloat16, tuple(p.shape)) for name, p in plain.named_parameters()]
+    sent = list(source)
+    assert [name for name, _ in sent] == list(expected)
+    assert all(torch.equal(weight, expected[name]) for name, weight in sent)
 
 
 # Memory

@@ -10,9 +10,10 @@ import torch
 import transformers
 import yaml
 from accelerate.utils import DistributedType
+from conftest import with_adapters
 
 import grpo
-from harness import loading, lora, memory, optimizers
+from harness import loading, memory, optimizers
 from harness.memory import Shape, Spread
 
 SHAPE = dict(vocab_size=101, hidden_size=96, intermediate_size=288, num_attention_heads=6, num_key_value_heads=2)
@@ -37,7 +38,7 @@ def kept_bytes(config, tokens: int, half: bool, checkpointing: bool, rank: int =
     model = transformers.AutoModelForCausalLM.from_config(config).train()
     if checkpointing:
         model.gradient_checkpointing_enable()
-    add_adapters(model, rank, half)
+    with_adapters(model, grpo.Config(model="m", task="t", lora_rank=rank), "bf16" if half else "no", filled=False)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     shapes = {tuple(sorted(p.shape)) for p in model.parameters() if p.dim() == 2}
     kept = {}
@@ -52,14 +53,6 @@ def kept_bytes(config, tokens: int, half: bool, checkpointing: bool, rank: int =
         hidden = model.base_model(torch.zeros(1, tokens, dtype=torch.long), use_cache=False).last_hidden_state
     assert hidden.requires_grad
     return sum(size for size, _ in kept.values())
-
-
-def add_adapters(model, rank: int, half: bool) -> None:
-    """As a run does it, nothing for rank 0."""
-    config = grpo.Config(model="m", task="t", lora_rank=rank)
-    run = SimpleNamespace(config=config, model=model, checkpoint=None, source="base")
-    run.accelerator = SimpleNamespace(mixed_precision="bf16" if half else "no")
-    lora.add_adapters(run)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -340,7 +333,7 @@ def test_the_training_column_is_what_an_update_holds(chunk, bf16, optimizer, che
     model = transformers.Qwen2ForCausalLM(model_config)
     if checkpointing:
         model.gradient_checkpointing_enable()
-    add_adapters(model, config.lora_rank, bf16)
+    with_adapters(model, config, "bf16" if bf16 else "no", filled=False)
     policy = grpo.Policy(model)
     policy.forward = torch.autocast("cpu", torch.bfloat16, enabled=bf16)(policy.forward)  # as accelerate does
     adamw = optimizers.make_optimizer(policy, config, accelerator)

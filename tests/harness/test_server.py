@@ -3,6 +3,7 @@
 Most of it with a stand-in for `vllm serve`; the real one is in test_vllm_server.py.
 """
 
+import copy
 import json
 import os
 import re
@@ -20,7 +21,7 @@ import pytest
 import test_parallel
 import torch
 import transformers
-from conftest import SHAPE, largest_gap
+from conftest import SHAPE, fill_adapters, largest_gap, with_adapters
 from stand_in_server import StandIn
 
 import grpo
@@ -103,6 +104,18 @@ def test_a_server_writes_what_the_trainer_would_and_follows_its_weights(folder, 
     names = list(dict.fromkeys(name for name, _ in server.spoken))
     assert [name.rpartition("-")[2] for name in names] == ["1", "2", "3"]
     assert not server.paused and [path.name for path in sampler.home.iterdir()] == [sampler.weights]
+
+
+def test_adapters_reach_a_server_merged(folder, config, server):
+    base, _ = loading.load_model(folder)
+    model = with_adapters(copy.deepcopy(base), replace(config, lora_rank=4))
+    sampler = ServerSampler(folder, model, [2], config, dtype=torch.float32)
+    for seed in (2, 3):
+        found = sampler.generate(PROMPTS, 3, grpo.Sampling(8), seed=1)
+        assert largest_gap(model, found) < 1e-4 and largest_gap(base, found) > 0.1
+        fill_adapters(model, seed)
+        assert largest_gap(model, found) > 0.1
+        sampler.sync()
 
 
 ROUTES_OF_A_CHANGE = [

