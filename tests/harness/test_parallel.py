@@ -90,10 +90,12 @@ def test_log_probs_of_a_sharded_policy_in_bf16_are_not_rounded_to_it(tmp_path):
     assert all(weight.dtype == torch.float32 for weight in found["weights"].values())
 
 
+@pytest.mark.parametrize("rank", [0, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["fsdp2", pytest.param("ddp", marks=pytest.mark.slow), DEEPSPEED])
-def test_a_run_of_two_processes_leaves_one_folder_and_resumes(kind, tmp_path):
+def test_a_run_of_two_processes_leaves_one_folder_and_resumes(kind, rank, tmp_path):
     """Five prompts for two processes: three and two."""
-    whole = grpo_run(kind, tmp_path / "whole", steps=4)
+    lora = dict(lora_rank=rank, kl_coef=0.01) if rank else {}
+    whole = grpo_run(kind, tmp_path / "whole", steps=4, **lora)
     assert not whole.returncode, whole.stderr[-3000:]
     (folder,) = (tmp_path / "whole").iterdir()
     metrics = rows(folder, "metrics.jsonl")
@@ -119,7 +121,7 @@ def test_a_run_of_two_processes_leaves_one_folder_and_resumes(kind, tmp_path):
     (single,) = (tmp_path / "alone").iterdir()
     assert rows(single, "eval.jsonl")[0]["accuracy"] == rows(folder, "eval.jsonl")[0]["accuracy"]
 
-    assert not grpo_run(kind, tmp_path / "parts", steps=2).returncode
+    assert not grpo_run(kind, tmp_path / "parts", steps=2, **lora).returncode
     (parts,) = (tmp_path / "parts").iterdir()
     resumed = grpo_run(kind, tmp_path / "parts", resume=parts, steps=4)
     assert not resumed.returncode, resumed.stderr[-3000:]
