@@ -11,12 +11,11 @@ countdown-3b.yaml on a card, by memory.py's arithmetic.
 
 import os
 import tempfile
-from dataclasses import replace
 from itertools import combinations
 from statistics import fmean
 
-from common import ROOT, arguments, arms_times_seeds, of_seeds, origin, table, write
-from compare_variants import run
+from common import ROOT, arguments, arms_times_seeds, finished, flags, of_seeds, origin, table, write
+from compare_variants import FOUR_UPDATES
 from mathformer_vs_bloom import bloom_of
 from shapes import model_config
 
@@ -31,6 +30,10 @@ TIERS = {
     "adamw_offload": ["--optimizer", "adamw_offload"],
     "all that saves": ["--optimizer", "adamw_offload", "--gradient_checkpointing", "true"]
     + ["--offload_reference", "true"],
+    "LoRA, rank 1": ["--lora_rank", "1", "--lr", "1e-3"],
+    "LoRA, rank 8": ["--lora_rank", "8", "--lr", "1e-3"],
+    "LoRA, rank 32": ["--lora_rank", "32", "--lr", "1e-3"],
+    "fp16, emulated": ["benchmarks/fp16_on_cpu.py"],
 }
 COLUMNS = {  # heading: key, scale, digits
     "reward": ("last_reward", 1, 3), "apart": ("apart", 1, 3), "sampled accuracy": ("accuracy_sampled", 100, 1),
@@ -38,12 +41,20 @@ COLUMNS = {  # heading: key, scale, digits
 }  # fmt: skip
 
 
-def gigabytes(flags: list[str]) -> float:
+def run(arm: list[str], steps: int, seed: int) -> dict:
+    """The last evaluation, the rewards of the steps, and `seconds` of the whole process."""
+    program, *arm = arm if "benchmarks/fp16_on_cpu.py" in arm else ["grpo.py", *arm]
+    command = [program, "--config", "configs/arithmetic.yaml", *FOUR_UPDATES, *arm]
+    with finished(*command, *flags(steps=steps, seed=seed, eval_steps=0), OMP_NUM_THREADS="1") as done:
+        row, metrics = done.read("eval.jsonl")[-1], done.read("metrics.jsonl")
+    return row | {"seconds": done.seconds, "rewards": [m["reward"] for m in metrics]}
+
+
+def gigabytes(arm: list[str]) -> float:
     """Training Qwen2.5-3B on a card, torch's part."""
-    config = parse_config(["--config", str(ROOT / "configs" / "countdown-3b.yaml")])
-    config = replace(config, gradient_checkpointing=False, offload_reference=False)
-    values = {name.removeprefix("--"): value for name, value in zip(flags[::2], flags[1::2], strict=True)}
-    config = replace(config, **{name: value == "true" if value == "true" else value for name, value in values.items()})
+    recipe = ["--config", str(ROOT / "configs" / "countdown-3b.yaml")]
+    recipe += ["--gradient_checkpointing", "false", "--offload_reference", "false"]
+    config = parse_config(recipe + (arm[1:] if arm and arm[0].endswith(".py") else arm))
     shape = memory.Shape.of(model_config("Qwen2.5-3B"))
     parts = memory.needs(shape, config, True, False, True, 80e9, memory.Spread())
     return sum(column[2] for column in parts.values()) / 1e9
@@ -61,7 +72,7 @@ def main() -> None:
         model, tokenizer = loading.load_model("mathformer/pretrained")
         bloom_of(model).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        arms = {name: ["--model", folder, "--kl_coef", "0.001", *TIERS[name]] for name in options.tiers}
+        arms = {name: [*TIERS[name], "--model", folder, "--kl_coef", "0.001"] for name in options.tiers}
         results = arms_times_seeds(run, arms, options, options.seeds)
     large = results[options.tiers[0]]
     noise = [apart(a["rewards"], b["rewards"]) for a, b in combinations(large, 2)]

@@ -19,18 +19,11 @@ from harness.metrics import Alarms
 SMALL = dict(task_args=dict(eval_size=4), eval_samples=2, prompts_per_step=4, group_size=4)
 
 
-class Fp16OnCpu(Accelerator):
-    """With `mixed_precision` fp16 and a CPU, accelerate computes in float32 and says nothing."""
-
-    first_scale = 2.0**16
-
-    def __init__(self, **settings):
-        super().__init__(**settings)
-        self.native_amp, self.scaler = True, torch.amp.GradScaler("cpu", init_scale=self.first_scale)
-
-
 @pytest.fixture
 def fp16(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    from fp16_on_cpu import Fp16OnCpu
+
     AcceleratorState._reset_state(reset_partial_state=True)  # a process has one precision
     monkeypatch.setattr(devices, "Accelerator", Fp16OnCpu)
     monkeypatch.setattr(devices, "choose_precision", lambda config: "fp16")

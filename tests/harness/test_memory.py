@@ -238,6 +238,11 @@ def test_the_advice_comes_true(card, capsys):
         ("math-1.5b", transformers.Qwen2Config(**QWEN_1_5B), 80),
         ("math-1.5b --gradient_checkpointing true --vllm_sleep true", transformers.Qwen2Config(**QWEN_1_5B), 48),
         ("math-1.5b-served", transformers.Qwen2Config(**QWEN_1_5B), 48),
+        ("countdown-3b-lora", transformers.Qwen2Config(**QWEN_3B), 24),
+        ("countdown-3b-lora --vllm_sleep false --tokens_per_microbatch 2560", transformers.Qwen2Config(**QWEN_3B), 24),
+        ("gsm8k-1.5b-lora", transformers.Qwen2Config(**QWEN_1_5B), 16),
+        ("gsm8k-1.5b-lora --vllm_sleep false --tokens_per_microbatch 2048", transformers.Qwen2Config(**QWEN_1_5B), 16),
+        ("gsm8k-0.5b-lora", transformers.Qwen2Config(**QWEN_HALF_B), 8),
         ("gsm8k-0.5b", transformers.Qwen2Config(**QWEN_HALF_B), 24),
     ],
 )
