@@ -17,13 +17,23 @@ from types import ModuleType
 import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+REPOSITORY = ""  # https://github.com/OWNER/NAME: then notebooks find the files, and a badge opens one
 HERE = Path(__file__).resolve().parent
+HOSTED = HERE / "src" / "colab_gpu.py"  # for a GPU that a hosted notebook lends
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 EXERCISE = re.compile(r"^def (\w+)\(.*raise NotImplementedError", re.S | re.M)
 
 
 def sources() -> list[Path]:
     return sorted((HERE / "src").glob("[0-9][0-9]_*.py"))
+
+
+def badge(source: Path) -> str:
+    if not REPOSITORY:
+        return "(A badge that opens this in Colab stands here once `REPOSITORY` in notebooks/build.py is set.)"
+    place = REPOSITORY.removeprefix("https://github.com/")
+    link = f"https://colab.research.google.com/github/{place}/blob/main/notebooks/{source.stem}.ipynb"
+    return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({link})"
 
 
 def fold(text: str) -> str:
@@ -44,8 +54,9 @@ def fold(text: str) -> str:
 
 def build(source: Path) -> nbformat.NotebookNode:
     """The notebook of a source; a cell's id is the notebook's number and its place, so that a rebuild changes none."""
-    cells = []
-    for i, part in enumerate(re.split(r"^# %%", source.read_text(encoding="utf-8"), flags=re.M)[1:]):
+    cells, written = [], source.read_text(encoding="utf-8").replace("# BADGE", f"# {badge(source)}")
+    written = written.replace('REPOSITORY = ""', f'REPOSITORY = "{REPOSITORY}"')
+    for i, part in enumerate(re.split(r"^# %%", written, flags=re.M)[1:]):
         head, _, body = part.partition("\n")
         is_text = "[markdown]" in head
         text = fold(re.sub(r"^# ?", "", body, flags=re.M).strip("\n")) if is_text else body.strip("\n")
@@ -76,10 +87,10 @@ def solve(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     return notebook
 
 
-def execute(notebook: nbformat.NotebookNode, timeout: int = 300) -> nbformat.NotebookNode:
+def execute(notebook: nbformat.NotebookNode, timeout: int = 300, folder: Path = HERE) -> nbformat.NotebookNode:
     from nbclient import NotebookClient
 
-    NotebookClient(notebook, timeout=timeout, resources={"metadata": {"path": str(HERE)}}).execute()
+    NotebookClient(notebook, timeout=timeout, resources={"metadata": {"path": str(folder)}}).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # the times of the day
         if "outputs" in cell:  # without warnings of libraries, which name folders of this machine
@@ -88,7 +99,7 @@ def execute(notebook: nbformat.NotebookNode, timeout: int = 300) -> nbformat.Not
 
 
 def main() -> None:
-    for source in sources():
+    for source in [*sources(), *([] if "--solved" in sys.argv else [HOSTED])]:
         notebook, folder = build(source), HERE
         if "--solved" in sys.argv:
             notebook, folder = execute(solve(notebook)), HERE / "solved"

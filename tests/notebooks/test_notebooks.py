@@ -1,7 +1,9 @@
 """The workshop: notebooks as built, run untouched and solved; its claims; each mistake and each bad function named."""
 
+import json
 import re
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,57 @@ def test_a_solved_notebook_is_that_of_its_source_and_all_is_right_in_it(source):
     assert printed(kept).count(": right") == len(exercises_of(build.build(source)))
     assert "not yet" not in printed(kept) and "Error" not in printed(kept)
     assert sum("image/png" in str(c.get("outputs")) or "text/html" in str(c.get("outputs")) for c in kept.cells) >= 1
+
+
+def test_the_hosted_notebook_is_that_of_its_source_and_has_a_badge_once_there_is_an_address(monkeypatch):
+    built = nbformat.writes(build.build(build.HOSTED))
+    assert built.strip() == (HERE / "colab_gpu.ipynb").read_text().strip()
+    assert build.REPOSITORY or "colab-badge" not in built
+    monkeypatch.setattr(build, "REPOSITORY", "https://github.com/someone/grpo")
+    cells = build.build(build.HOSTED).cells
+    address = "https://colab.research.google.com/github/someone/grpo/blob/main/notebooks/colab_gpu.ipynb"
+    assert f"({address})" in cells[0].source and 'REPOSITORY = "https://github.com/someone/grpo"' in cells[1].source
+    for source in SOURCES:  # those that can be opened in Colab find the files there, too
+        text = "".join(cell.source for cell in build.build(source).cells)
+        assert ('REPOSITORY = ""' in source.read_text()) == ("someone/grpo" in text)
+
+
+FAKE_PIP = """
+import shutil, sys
+assert sys.argv[1:] == ["uninstall", "-q", "-y", "torchvision"], sys.argv
+shutil.rmtree(FOLDER)
+"""
+
+
+def test_the_hosted_notebook_runs_on_a_cpu_with_a_tiny_model(qwen3_folder, tmp_path, monkeypatch):
+    """Beside a torchvision that does not fit, as hosted notebooks have it, and a pip that takes it away."""
+    (tmp_path / "grpo").symlink_to(HERE.parent)
+    packages = tmp_path / "packages"
+    for name in ("torchvision", "pip"):
+        (packages / name).mkdir(parents=True)
+    (packages / "torchvision" / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms')")
+    fake = FAKE_PIP.replace("FOLDER", repr(str(packages / "torchvision")))
+    (packages / "pip" / "__init__.py").touch()
+    (packages / "pip" / "__main__.py").write_text(fake)
+    monkeypatch.setenv("PYTHONPATH", str(packages))
+    problems = [dict(question=f"Tom has {n} cats and 3 dogs.", answer=f"#### {n + 3}") for n in range(12)]
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    flags = {"device": "cpu", "vllm_sleep": "false", "steps": 2, "runs": str(tmp_path / "runs"), "eval_samples": 2}
+    flags |= {"task_args.dataset": str(tmp_path / "problems.jsonl"), "task_args.eval_size": 2, "lora_rank": 4}
+    flags |= {"max_prompt_tokens": 400, "max_completion_tokens": 8, "prompts_per_step": 2, "group_size": 2}
+    notebook = build.build(build.HOSTED)
+    cells = [cell.source for cell in notebook.cells]
+    notebook.cells[1].source = re.sub("MODEL = .*", f"MODEL = {qwen3_folder!r}", cells[1])
+    notebook.cells[1].source = re.sub("FLAGS = .*", f"FLAGS = {flags!r}", notebook.cells[1].source)
+    assert notebook.cells[1].source != cells[1]
+    build.execute(notebook, folder=tmp_path)
+    text = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    assert "uninstall -q -y torchvision" in text and not (packages / "torchvision").exists()
+    assert "no GPU" in text and "numbers are trained" in text and "2/2" in text and "The model is in" in text
+    shown = [str(output.get("data")) for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert any("iframe srcdoc" in data and "Qwen3" not in data[:50] for data in shown)
+    with zipfile.ZipFile(tmp_path / "adapter.zip") as made:
+        assert {"adapter_model.safetensors", "adapter_config.json"} <= set(made.namelist())
 
 
 def test_hints_and_answers_are_folded_and_escaped():
