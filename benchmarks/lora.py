@@ -1,6 +1,7 @@
 """LoRA beside training all weights, each at several learning rates, three seeds each.
 
     python benchmarks/lora.py
+    python benchmarks/lora.py --finer --out benchmarks/results/lora_finer.md     between the best rates
 
 Every run is the default one, `python grpo.py --config configs/arithmetic.yaml`, with the flags of its row; one thread
 each, two at a time. The plot has an accuracy for each learning rate: what learns best at its best rate is to be
@@ -21,6 +22,7 @@ RATES = {
     "rank 8": [5e-4, 1e-3, 2e-3, 4e-3],
     "rank 32": [5e-4, 1e-3, 2e-3, 4e-3],
 }
+FINER = {"all weights": [5.7e-4, 1.13e-3], "rank 1": [1.41e-3, 2.83e-3], "rank 32": [1.41e-3, 2.83e-3]}
 COLUMNS = {  # heading: key, scale, digits
     "sampled": ("accuracy_sampled", 100, 1), "greedy": ("accuracy", 100, 1), "worked": ("worked", 100, 1),
     "seconds": ("seconds", 1, 0),
@@ -64,12 +66,15 @@ def plot(results: dict[str, list[dict]], path: Path) -> None:
 
 
 def main() -> None:
-    arms = {f"{name}, {lr:g}": arm(name, lr) for name, rates in RATES.items() for lr in rates}
-    parser = arguments(__doc__, "lora.md", seeds=[0, 1, 2], steps=60, jobs=2, arms=arms)
+    of = {f"{name}, {lr:g}": arm(name, lr) for name, rates in RATES.items() for lr in rates}
+    finer = {f"{name}, {lr:g}": arm(name, lr) for name, rates in FINER.items() for lr in rates}
+    parser = arguments(__doc__, "lora.md", seeds=[0, 1, 2], steps=60, jobs=2, arms=of)
+    parser.add_argument("--finer", action="store_true", help="rates on both sides of the best ones")
     options = parser.parse_args()
-    results = arms_times_seeds(run, {name: arms[name] for name in options.arms}, options, options.seeds)
+    arms = finer if options.finer else {name: of[name] for name in options.arms}
+    results = arms_times_seeds(run, arms, options, options.seeds)
     begin = (
-        f"`python benchmarks/lora.py`, {options.steps} steps of 256 completions, four updates each, seeds "
+        f"`python benchmarks/lora.py{' --finer' * options.finer}`, {options.steps} steps of 256 completions, four updates each, seeds "
         f"{options.seeds}, {options.jobs} runs at a time on"
     )
     about = f"{origin(begin, 'torch', 'peft', 'Python')} Each cell has the seeds; accuracy in percent, on 500 problems "
