@@ -15,6 +15,7 @@ from statistics import fmean
 from common import arguments, arms_times_seeds, finished, flags, of_seeds, origin, table, write
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
+from safetensors.torch import load_file
 
 RATES = {
     "all weights": [4e-4, 8e-4, 1.6e-3, 3.2e-3],
@@ -39,9 +40,10 @@ def run(arm: list[str], steps: int, seed: int) -> dict:
     command = ["grpo.py", "--config", "configs/arithmetic.yaml", *arm, *flags(steps=steps, seed=seed, eval_steps=0)]
     with finished(*command, OMP_NUM_THREADS="1") as done:
         row, metrics = done.read("eval.jsonl")[-1], done.read("metrics.jsonl")
+        whole = sum(weight.numel() for weight in load_file(done.folder / "final" / "model.safetensors").values())
     told = re.search(r"([\d,]+) numbers are trained", done.process.stdout)
     seconds = sum(m[key] or 0 for m in metrics for key in ("seconds_sample", "seconds_train", "seconds_sync"))
-    return row | {"seconds": seconds, "trained": told.group(1) if told else "all"}
+    return row | {"seconds": seconds, "trained": told.group(1) if told else f"{whole:,}"}
 
 
 def plot(results: dict[str, list[dict]], path: Path) -> None:
@@ -53,7 +55,8 @@ def plot(results: dict[str, list[dict]], path: Path) -> None:
         rates = [float(key.rpartition(" ")[2]) for key in own]
         seeds = [[100 * row["accuracy_sampled"] for row in rows] for rows in own.values()]
         trained = next(iter(own.values()))[0]["trained"]
-        axes.plot(rates, [fmean(found) for found in seeds], "-", color=f"C{i}", label=f"{name} ({trained} numbers)")
+        rates = [rate * 1.03 ** (i - 1) for rate in rates]  # beside each other
+        axes.plot(rates, [fmean(found) for found in seeds], "-", color=f"C{i}", label=f"{name}: {trained} numbers")
         for rate, found in zip(rates, seeds, strict=True):
             axes.plot([rate] * len(found), found, "o", markersize=4, color=f"C{i}")
     axes.set(xscale="log", xlabel="learning rate", ylabel="sampled accuracy, percent: each seed, and the mean")
@@ -74,8 +77,8 @@ def main() -> None:
     arms = finer if options.finer else {name: of[name] for name in options.arms}
     results = arms_times_seeds(run, arms, options, options.seeds)
     begin = (
-        f"`python benchmarks/lora.py{' --finer' * options.finer}`, {options.steps} steps of 256 completions, four updates each, seeds "
-        f"{options.seeds}, {options.jobs} runs at a time on"
+        f"`python benchmarks/lora.py{' --finer' * options.finer}`, {options.steps} steps of 256 completions, four "
+        f"updates each, seeds {options.seeds}, {options.jobs} runs at a time on"
     )
     about = f"{origin(begin, 'torch', 'peft', 'Python')} Each cell has the seeds; accuracy in percent, on 500 problems "
     about += "that are in no training. Seconds are those of the steps."

@@ -21,7 +21,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
-NO_PROGRAMS = {"leaky_task", "common", "shapes", "gpu_profile"}
+NO_PROGRAMS = {"leaky_task", "common", "shapes", "gpu_profile", "fp16_on_cpu"}
 ONE_RUN = ["--steps", "1", "--jobs", "1"]
 # script: its arguments, in which OUT is the test's folder, and CHAT a chat model's; and the files that it writes there
 SMALLEST = {
@@ -37,6 +37,11 @@ SMALLEST = {
         [f"log/{name}" for name in ("config.yaml", "eval.jsonl", "metrics.jsonl", "rollouts.jsonl")],
     ),
     "lora": ([*ONE_RUN, "--seeds", "0", "--arms", "rank 1, 0.001", "--out", "OUT/l.md"], ["l.md", "l.png"]),
+    "lora_sampling": (
+        ["--model", "CHAT", "--turns", "1", "--ranks", "4", "--ways", "merged", "--precisions", "no"]
+        + ["--out", "OUT/l.md"],
+        ["l.md"],
+    ),
     "mathformer_vs_bloom": (["--tiny", "--turns", "1", "--threads", "1", "--sizes", "tiny"], []),
     "memory_flat": (["--steps", "1", "--out", "OUT/m.md"], ["m.md"]),
     "page_and_program": (["--tiny", "--seeds", "0", "--out", "OUT/p.md"], ["p.md"]),
@@ -53,7 +58,7 @@ SMALLEST = {
         ["table.md", *(f"strict-seed0-{name}" for name in ("config.yaml", "answers.jsonl", "five.jsonl"))],
     ),
     "step_time": (["--tiny", "--out", "OUT/s.md"], ["s.md"]),
-    "tiers": ([*ONE_RUN, "--seeds", "0", "--tiers", "gradient checkpointing", "--out", "OUT/t.md"], ["t.md"]),
+    "tiers": ([*ONE_RUN, "--seeds", "0", "--tiers", "fp16, emulated", "--out", "OUT/t.md"], ["t.md"]),
     "time_to_accuracy": (["--turns", "1", "--steps", "1", "--out", "OUT/t.md"], ["t.md"]),
     "compare_variants": (
         [*ONE_RUN, "--seeds", "0", "--variants", "the defaults", "--out", "OUT/v.md"],
@@ -160,6 +165,8 @@ def test_a_benchmark_runs(script, python, tmp_path, qwen3_folder):
     assert script in SMALLEST, f"say in SMALLEST how benchmarks/{script}.py does the least work"
     if script in NEED_TRL and not TRL_IS_THERE:
         pytest.skip("TRL is not installed")
+    if script == "lora_sampling" and importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
     arguments, files = SMALLEST[script]
     recorded = contents(BENCHMARKS / "results")
     arguments = [word.replace("OUT", str(tmp_path)).replace("CHAT", qwen3_folder) for word in arguments]

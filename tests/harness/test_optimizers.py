@@ -42,6 +42,15 @@ def weights():
 
 
 @pytest.mark.parametrize("name", SMALL)
+def test_weights_go_to_bf16_and_the_frequencies_of_positions_do_not(name, make_config, accelerator):
+    policy = grpo.Policy(other_model("qwen2"))
+    exact = policy.model.model.rotary_emb.inv_freq.clone()
+    make_optimizer(policy, make_config(optimizer=name), accelerator)
+    assert {p.dtype for p in policy.parameters()} == {torch.bfloat16}
+    assert torch.equal(policy.model.model.rotary_emb.inv_freq, exact) and (exact != exact.bfloat16()).any()
+
+
+@pytest.mark.parametrize("name", SMALL)
 def test_steps_smaller_than_bf16_can_show_add_up(name, weights, make_config, accelerator):
     """A step of 1e-6 moves a weight of 0.02 by 1/120 of bf16's gap there: rounded to nearest, most would never move."""
     large, adamw = made("adamw", weights, make_config, accelerator)

@@ -169,6 +169,7 @@ def claims_of_notebook_6(text: str) -> None:
 
 def claims_of_notebook_7(text: str) -> None:
     assert measured(text)["pass_at_1"] < 0.55 and measured(text)["last_step_that_gained"] <= 300
+    assert 94 < measured(text)["rank_1"] < 96 and "Qwen2.5-3B     rank 16 trains  29.9 M numbers, 1.0%" in text
 
 
 def claims_of(source: Path):
