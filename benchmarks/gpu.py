@@ -26,7 +26,8 @@ matrices of 8192 x 8192 on the same card before the shape's first row:
 
     6 * (parameters without embeddings) * L + 6 * vocabulary * hidden * c + 6 * layers * (width of all heads) * L^2
 
-which is forward and backward pass, the causal half of attention, no padding, and nothing that is computed twice. Peak
+which is forward and backward pass, the causal half of attention, no padding, and nothing that is computed twice. With
+LoRA (`--set lora_rank=16`) the first two are 4 times instead of 6, since frozen weights have no gradient. Peak
 memory is what torch has allocated at most (on a CPU, the process); by arithmetic is memory.py's table without what CUDA
 itself takes. Figures are medians over the steps without the first two, in brackets the smallest and the largest.
 Writes results/gpu.json, each row with all of this, and results/gpu.md from it.
@@ -94,13 +95,14 @@ def only(gigabytes: float) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / whole))
 
 
-def figures(shape: str, sampling, training, sync, lengths: list[int], trained: list[list[int]]) -> dict:
+def figures(shape: str, sampling, training, sync, lengths: list[int], trained: list[list[int]], lora=False) -> dict:
     """Of one step; `trained` are tokens of prompt and completion."""
     from harness import memory
 
     s = memory.Shape.of(model_config(shape))
     body, head, attention = s.parameters - s.embeddings, s.vocabulary * s.hidden, s.layers * s.queries
-    flops = sum(6 * (body * (p + c) + head * c + attention * (p + c) ** 2) for p, c in trained)
+    of_weights = 4 if lora else 6
+    flops = sum(of_weights * (body * (p + c) + head * c) + 6 * attention * (p + c) ** 2 for p, c in trained)
     seconds, tokens = sampling + training + (sync or 0), sum(lengths)
     values = (tokens / len(lengths), seconds, sampling, training, sync, tokens / seconds, flops / training / 1e12)
     return dict(zip(COLUMNS, values, strict=False))  # the last column needs the rate of matmul
@@ -132,7 +134,8 @@ def ours(shape: str, folder: str, how: dict, partial: Path) -> dict:
         live = [r for group in groups if len({r["reward"] for r in group}) > 1 for r in group]
         seconds = [row[f"seconds_{part}"] for part in ("sample", "train", "sync")]
         trained = [[len(r["prompt"]), r["length"]] for r in live]
-        found.append(figures(shape, *seconds, [r["length"] for r in rows], trained))
+        lengths, lora = [r["length"] for r in rows], bool(how["set"].get("lora_rank"))
+        found.append(figures(shape, *seconds, lengths, trained, lora))
     table_of_run = tables[tables.index(None) - 1]
     parts = {key: value for key, value in table_of_run.items() if key != "CUDA"}
     by_arithmetic = memory.peak(parts) / 1e9

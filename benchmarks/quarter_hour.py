@@ -21,6 +21,7 @@ from common import RESULTS, arguments, commit, within
 
 SMALL_CARD = "optimizer=adamw_offload vllm_sleep=true kv_cache_gb=2 gradient_checkpointing=true "
 SMALL_CARD += "tokens_per_microbatch=2560"  # as configs/countdown-24gb.yaml
+LORA = "lora_rank=16 vllm_sleep=true kv_cache_gb=3 gradient_checkpointing=true tokens_per_microbatch=10240"
 
 
 SMOLLM2 = "grpo.py --config configs/smollm2-sentence.yaml"  # `python -m harness.smollm2` makes its model before
@@ -49,6 +50,8 @@ TASKS = [
     gpu(150, "Qwen2.5-3B", "--steps 3"),
     gpu(130, "Qwen3-1.7B", "--steps 3"),
     gpu(200, "Qwen2.5-3B", f"--steps 2 --card_gb 24 --set {SMALL_CARD}"),
+    gpu(130, "Qwen2.5-3B", f"--steps 2 --card_gb 24 --set {LORA}"),
+    gpu(100, "Qwen2.5-1.5B", f"--steps 3 --set {LORA} precision=fp16"),
     *(Task(90, f"{SMOLLM2} --seed {seed} --runs {{out}}/smollm2") for seed in (0, 1)),
     gpu(130, "Qwen2.5-1.5B", "--steps 4 --set tokens_per_microbatch=auto"),
     gpu(80, "Qwen2.5-3B", "--profile"),

@@ -63,7 +63,10 @@ def targets(model: nn.Module, config: Config) -> dict[str, nn.Module]:
     for name, layer in found.items():
         if config.lora_rank > min(layer.weight.shape):
             shape = " x ".join(map(str, layer.weight.shape))
-            raise UsageError(f"lora_rank {config.lora_rank} is more than a matrix of {shape} has, as {name} is")
+            raise UsageError(
+                f"lora_rank {config.lora_rank} is more than a matrix of {shape} has, as {name} is: lower it, or leave "
+                "that layer out with --lora_targets"
+            )
     return found
 
 

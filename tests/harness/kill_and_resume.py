@@ -2,6 +2,7 @@
 
     python tests/harness/kill_and_resume.py                 20 kills, a minute
     python tests/harness/kill_and_resume.py --kills 12      what the test suite does
+    python tests/harness/kill_and_resume.py --lora_rank 4   adapters instead of all weights
 
 Every other kill waits for a checkpoint that is just being written. At the end weights, optimizer, rollouts,
 evaluations and metrics (but times and memory) must be equal to the last bit. Ends with 1 otherwise.
@@ -30,10 +31,11 @@ FORKS.set_forkserver_preload(["grpo"])
 NOT_REPEATABLE = {"seconds_sample", "seconds_train", "seconds_sync", "tokens_per_second", "peak_memory"}
 
 
-def command(runs: Path, steps: int) -> list[str]:
+def command(runs: Path, steps: int, lora_rank: int = 0) -> list[str]:
     """A small run on a CPU, in float32, with a KL penalty, an adaptive coefficient and evaluations on the way."""
     settings = dict(device="cpu", sampler="torch", steps=steps, save_steps=2, eval_steps=5, eval_samples=2, runs=runs)
     settings |= dict(prompts_per_step=4, group_size=4, kl_coef=0.05, kl_target=0.02, minibatches=2, print_groups=0)
+    settings |= dict(lora_rank=lora_rank)
     flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     return [*flags, "--task_args.eval_size", "8"]
 
@@ -89,7 +91,8 @@ def differences(one: Path, other: Path) -> list[str]:
     """What is not the same in two run folders."""
     found = []
     last = max(one.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])).name
-    for name in ("final/model.safetensors", f"{last}/model.safetensors", f"{last}/optimizer.state"):
+    (weights,) = (one / last).glob("*model.safetensors")  # with LoRA an adapter's
+    for name in ("final/model.safetensors", f"{last}/{weights.name}", f"{last}/optimizer.state"):
         a, b = load_file(one / name), load_file(other / name)
         if a.keys() != b.keys() or any(not torch.equal(a[key], b[key]) for key in a):
             found.append(name)
@@ -108,14 +111,14 @@ def differences(one: Path, other: Path) -> list[str]:
     return found
 
 
-def run(kills: int, steps: int, seed: int, folder: Path) -> list[str]:
+def run(kills: int, steps: int, seed: int, folder: Path, lora_rank: int = 0) -> list[str]:
     """Differences between a run that was killed so often and one that was not."""
     rng, happened = random.Random(seed), []
     whole, killed = folder / "whole", folder / "killed"
-    finish(command(whole, steps), folder)
+    finish(command(whole, steps, lora_rank), folder)
     for i in range(kills):
         resumable = list(killed.glob("*/config.yaml"))
-        arguments = ["--resume", str(resumable[0].parent)] if resumable else command(killed, steps)
+        arguments = ["--resume", str(resumable[0].parent)] if resumable else command(killed, steps, lora_rank)
         happened.append(kill_somewhere(arguments, killed, rng, in_a_save=i % 2 == 1))
         print(f"kill {i + 1}: {happened[-1]}", flush=True)
         for unfinished in killed.glob("*"):  # killed before it had a config: nothing was done yet
@@ -131,9 +134,10 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lora_rank", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = run(options.kills, options.steps, options.seed, Path(folder))
+        found = run(options.kills, options.steps, options.seed, Path(folder), options.lora_rank)
     verdict = f"different: {', '.join(found)}" if found else "all equal"
     print(f"{options.kills} kills, {options.steps} steps: {verdict}")
     sys.exit(bool(found))

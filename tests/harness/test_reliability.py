@@ -90,6 +90,10 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
     assert kill_and_resume(kills=12, steps=40, seed=1, folder=tmp_path) == []
 
 
+def test_a_killed_run_with_adapters_ends_as_one_that_was_not(tmp_path):
+    assert kill_and_resume(kills=4, steps=16, seed=2, folder=tmp_path, lora_rank=4) == []
+
+
 def test_the_comparison_of_runs_sees_what_differs(run, tmp_path):
     one, other = run(keep_last=3), run(keep_last=3, seed=1)
     for folder in (one, other):
