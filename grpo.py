@@ -486,7 +486,7 @@ def optimizer_step(
     norm = None
     if trained:
         norm = float(accelerator.clip_grad_norm_(policy.parameters(), config.grad_clip))
-        if math.isfinite(norm) or accelerator.scaler:  # which skips such steps
+        if math.isfinite(norm) or accelerator.scaler:  # skips such steps
             optimizer.step()
     optimizer.zero_grad()
     figures.add_step(norm)
@@ -540,7 +540,7 @@ def setup(config: Config) -> loading.Run:
     run = loading.load(config)  # task, model, tokenizer, evaluation problems, device
     config, accelerator, model = run.config, run.accelerator, run.model
     check_model(run, Policy, TorchSampler)
-    lora.add_adapters(run)
+    lora.add_adapters(model, config, accelerator, run.checkpoint)
     policy = Policy(model, config.temperature, entropy_gradient=config.entropy_coef > 0)
     optimizer = optimizers.make_optimizer(policy, config, accelerator)
     copied = parallel.samplable(run)

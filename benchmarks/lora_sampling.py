@@ -36,9 +36,7 @@ def one(way: str, rank: int, precision: str, folder: str) -> dict:
         max_completion_tokens=TOKENS, sample_rows=ROWS, prompts_per_step=ROWS // 8, kv_cache_gb=0.5,
     )  # fmt: skip
     model, tokenizer = loading.load_model(folder)
-    run = SimpleNamespace(config=config, model=model, checkpoint=None, source=folder)
-    run.accelerator = SimpleNamespace(mixed_precision=precision)
-    lora.add_adapters(run)
+    lora.add_adapters(model, config, SimpleNamespace(mixed_precision=precision))
     prompts = [tokenizer(text)["input_ids"] for text in ("The cat", "Once upon a time", "In Paris", "A short poem:")]
 
     lora_b = [weight for name, weight in lora.trained(model).items() if "lora_B" in name]

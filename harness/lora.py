@@ -16,12 +16,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from harness import parallel
 from harness.devices import DTYPES
+from harness.files import local_name
 from harness.model_checks import exact_products
 from harness.settings import Config, UsageError
 
@@ -79,7 +81,7 @@ def no_layer(target: str, layers: dict) -> str:
 
 def check_checkpoint(checkpoint: Path, config: Config) -> None:
     """Raises UsageError if LoRA was on and is off now, or the other way around."""
-    if (checkpoint / ADAPTER).exists() != bool(config.lora_rank):
+    if is_in(checkpoint) != bool(config.lora_rank):
         holds = "the whole model" if config.lora_rank else "an adapter alone"
         raise UsageError(
             f"lora_rank is {config.lora_rank}, and {checkpoint} holds {holds}: put lora_rank back in config.yaml, or "
@@ -87,23 +89,26 @@ def check_checkpoint(checkpoint: Path, config: Config) -> None:
         )
 
 
+def is_in(folder: Path) -> bool:
+    """Whether this folder holds an adapter, and not a model."""
+    return (folder / ITS_CONFIG).is_file()
+
+
 def refuse_adapter(name: str) -> None:
     """Raises UsageError if this folder holds an adapter, and not a model."""
-    file = Path(name) / ITS_CONFIG
-    if file.is_file():
-        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if is_in(Path(name)):
+        its_config = json.loads((Path(name) / ITS_CONFIG).read_text(encoding="utf-8"))
         raise UsageError(
-            f"model {name!r} is an adapter (LoRA) for {base}, and a run begins with a whole model: give both merged. "
-            "The final/ of a run is that; for other adapters see docs/small_cards.md"
+            f"model {name!r} is an adapter (LoRA) for {its_config.get('base_model_name_or_path')}, and a run begins "
+            "with a whole model: give both merged. The final/ of a run is that; for others see docs/small_cards.md"
         )
 
 
-def add_adapters(run) -> None:
-    """Adapters for the model of a `loading.Run`, if its settings say so: new ones, or those of its checkpoint.
+def add_adapters(model: nn.Module, config: Config, accelerator: Accelerator, checkpoint: Path | None = None) -> None:
+    """Adapters for the model, if the settings say so: new ones, or those of a checkpoint.
 
     All else is frozen, in the precision of the forward pass.
     """
-    config, model = run.config, run.model
     if not config.lora_rank:
         return
     peft = import_module("peft")
@@ -111,13 +116,14 @@ def add_adapters(run) -> None:
     torch.manual_seed(config.seed)  # all processes begin with the same A
     settings = peft.LoraConfig(
         r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=list(layers), task_type="CAUSAL_LM",
-        base_model_name_or_path=run.source, fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers.values()),
+        base_model_name_or_path=local_name(config.model),
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers.values()),
     )  # fmt: skip
     peft.inject_adapter_in_model(settings, model)
     frozen = [weight for weight in model.parameters() if not weight.requires_grad]
-    parallel.cast(frozen, DTYPES[run.accelerator.mixed_precision])
-    if run.checkpoint:
-        load(model, run.checkpoint)
+    parallel.cast(frozen, DTYPES[accelerator.mixed_precision])
+    if checkpoint:
+        load(model, checkpoint)
     print(f"LoRA of rank {config.lora_rank} on {len(layers)} layers: {count(trained(model)):,} numbers are trained")
 
 

@@ -241,10 +241,8 @@ def expected_loss(model, rollouts: list[grpo.Rollout], config: grpo.Config) -> t
 
 def with_adapters(model, config: grpo.Config, precision: str = "no", filled: bool = True):
     """The model, in which a run with this LoRA has put adapters; `filled`: with a B that changes what it computes."""
-    run = SimpleNamespace(config=config, model=model, checkpoint=None, source="base")
-    run.accelerator = SimpleNamespace(mixed_precision=precision)
     switch_off_noise(model)
-    lora.add_adapters(run)
+    lora.add_adapters(model, config, SimpleNamespace(mixed_precision=precision))
     if filled:
         fill_adapters(model, 1)
     return model

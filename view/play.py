@@ -14,7 +14,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 import grpo
-from harness import devices, loading, prompts
+from harness import devices, loading, lora, prompts
 from harness.run_folder import RunFolder
 from harness.settings import Config
 from harness.terminal import printable
@@ -54,9 +54,12 @@ def side_by_side(left: list[str], right: list[str], width: int) -> str:
 def play(run: Path, config: Config, samples: int, seed: int) -> None:
     task = load_task(config.task, config.task_args, config.reward_seconds)
     accelerator = devices.make_accelerator(config)
-    samplers = {}
+    samplers, trusted = {}, config.trust_remote_code
     for title, name in (("base", config.model), ("trained", trained_model(run, config))):
-        model, tokenizer = loading.load_model(name, trust_remote_code=config.trust_remote_code)
+        adapter = Path(name) if lora.is_in(Path(name)) else None  # of a run that has no final/ yet
+        model, tokenizer = loading.load_model(config.model if adapter else name, False, trusted, adapter)
+        if adapter:
+            lora.add_adapters(model, config, accelerator, adapter)
         loading.limit_threads(model.to(accelerator.device).eval())
         eos = loading.find_eos(model, tokenizer)
         samplers[title] = grpo.TorchSampler(model, eos, config.sample_rows, accelerator.autocast, tokenizer=tokenizer)

@@ -399,3 +399,16 @@ def test_an_unfinished_run_is_played_from_its_newest_checkpoint(run):
     assert play.trained_model(folder, config) == str(folder / "final")
     shutil.rmtree(folder / "final")
     assert play.trained_model(folder, config) == str(folder / "checkpoint-2")
+
+
+def test_a_run_with_adapters_is_played_from_them_as_from_the_model_at_its_end(run, monkeypatch, capsys):
+    folder = run(steps=2, save_steps=1, lora_rank=4, lr=0.03)
+    shown = []
+    for _ in range(2):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("3*4\n12-7\n"))
+        capsys.readouterr()
+        view_main(["play", str(folder), "--samples", "0"])
+        shown.append([line for line in capsys.readouterr().out.splitlines() if "|" in line])
+        shutil.rmtree(folder / "final", ignore_errors=True)
+    assert shown[0] == shown[1] and len(shown[0]) > 4
+    assert any(left.strip() != right.strip() for left, right in (line.split(" | ") for line in shown[0][1:]))
