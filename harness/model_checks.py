@@ -86,7 +86,7 @@ def exact_products():
 def check_model(run, make_policy, make_sampler) -> None:
     """Refuses a model that the trainer, or the sampler of torch, would compute otherwise than it computes itself.
 
-    It is looked at where it will run, if that is one CUDA GPU, and else on the CPU.
+    It is looked at where it will run, if that is one CUDA GPU with room for it in float32, and else on the CPU.
 
     Args:
         run: a `loading.Run` with model, problems, and the name of the sampler.
@@ -96,7 +96,10 @@ def check_model(run, make_policy, make_sampler) -> None:
         UsageError: says in one line what is not as it must be.
     """
     device = run.accelerator.device
-    device = device if device.type == "cuda" and run.accelerator.num_processes == 1 else torch.device("cpu")
+    alone_on_cuda = device.type == "cuda" and run.accelerator.num_processes == 1
+    size = sum(weight.nbytes for weight in run.model.parameters())  # with LoRA, it is rounded to 16 bits later
+    has_room = alone_on_cuda and torch.cuda.mem_get_info(device)[0] > 1.2 * size
+    device = device if has_room else torch.device("cpu")
     model, prompt = run.model.to(device), run.problems[0].ids
     name, table = type(model).__name__, model.get_input_embeddings()
     rows = [prompt[:PROMPT], prompt[: max(1, min(PROMPT, len(prompt)) // 3)]]
