@@ -52,7 +52,7 @@ class Config:
     model: str = ""
     """Hugging Face model: a folder, or a name on the Hub"""
     task: str = ""
-    """a built-in task (arithmetic, countdown, gsm8k, math), module:Class, or path/to/file.py:Class"""
+    """a built-in task (arithmetic, countdown, gsm8k, math, reasoning_gym), module:Class, or path/to/file.py:Class"""
     task_args: dict[str, Any] = field(default_factory=dict)
     """arguments of the task, for example --task_args.max_depth 2"""
     system_prompt: str = ""

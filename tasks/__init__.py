@@ -27,6 +27,7 @@ from typing import Any
 REWARD_KEYS = ("reward", "correct", "format", "prediction", "ground_truth")
 TASKS = {"arithmetic": "mathformer:ArithmeticTask", "countdown": "tasks.countdown:Countdown"}
 TASKS |= {"gsm8k": "tasks.gsm8k:GSM8K", "math": "tasks.competition_math:Math", "sentences": "tasks.sentences:Sentences"}
+TASKS |= {"reasoning_gym": "tasks.gym:ReasoningGym"}
 # what runs of an earlier layout have in their config.yaml
 TASKS |= {"tasks:Countdown": TASKS["countdown"], "tasks:GSM8K": TASKS["gsm8k"], "tasks:Math": TASKS["math"]}
 

@@ -1,7 +1,11 @@
-"""reasoning-gym: over a hundred kinds of problems that a program makes and another one judges (arXiv 2505.24760)."""
+"""Reasoning-gym: over a hundred kinds of problems that a program makes and another one judges (arXiv 2505.24760)."""
 
 import random
+from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
+
+import numpy
 
 from tasks.foreign import in_a_line
 from tasks.names import near
@@ -12,41 +16,59 @@ FAR = 10**9  # problems of the evaluation have these numbers and more, those of 
 TRIES = 1000  # until a problem is drawn that the evaluation does not have
 
 
-def library():
-    """The package and its table of data sets.
+def known_names() -> dict[str, set[str]]:
+    """The library's data sets, and their settings.
 
     Raises:
         ValueError: it is not installed.
     """
-    try:
-        return import_module("reasoning_gym"), import_module("reasoning_gym.factory").DATASETS
-    except ImportError as error:
-        raise ValueError(f"it needs the package reasoning-gym: pip install reasoning-gym ({error})") from error
+    if not find_spec("reasoning_gym"):
+        raise ValueError("it needs the package reasoning-gym: pip install reasoning-gym")
+    known = import_module("reasoning_gym.factory").DATASETS
+    return {name: set(vars(kind[1])["__dataclass_fields__"]) - {"seed", "size"} for name, kind in known.items()
+            if name != "composite"}  # fmt: skip
 
 
 class Source:
     """One data set of the library: problems by their numbers, each always the same."""
 
     def __init__(self, name: str, config: dict):
-        package, known = library()
+        known = known_names()
         if name not in known:
-            raise ValueError(f"reasoning-gym has no {name!r}{near(name, known)} It has {', '.join(sorted(known))}")
-        fields = set(known[name][1].__dataclass_fields__) - {"seed", "size"}
-        if unknown := sorted(config.keys() - fields):
-            raise ValueError(f"{name} has no setting {', '.join(unknown)}; it has {', '.join(sorted(fields))}")
-        self.name, self.config, self.create = name, config, package.create_dataset
+            hint = near(name, known) or ";"
+            raise ValueError(f"reasoning-gym has no {name!r}{hint} it has {', '.join(sorted(known))}")
+        if unknown := sorted(config.keys() - known[name]):
+            raise ValueError(f"{name} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known[name]))}")
+        self.name, self.config, self.create = name, config, import_module("reasoning_gym").create_dataset
         try:
-            self.dataset = self.create(name, seed=0, size=2 * FAR, **config)
-            self.dataset[FAR]
-            self.endless = True
+            self.dataset = self.create(name, seed=0, size=1, **config)
         except (AssertionError, TypeError, ValueError) as error:
             raise ValueError(f"{name} does not take {config}: {in_a_line(error)}") from error
-        except (IndexError, MemoryError, OverflowError):  # it makes or holds all of its problems at the start
-            self.dataset, self.endless = self.create(name, seed=0, size=1, **config), False
+        try:  # most make a problem from its number; some make or read all of them at the start, here one
+            self.is_endless = len({self.dataset[FAR + i]["question"] for i in range(4)}) > 1
+        except (IndexError, KeyError):
+            self.is_endless = False
 
     def problem(self, number: int) -> dict:
-        item = self.dataset[number] if self.endless else self.create(self.name, seed=number, size=1, **self.config)[0]
+        with seeded(number):
+            item = self.dataset[number] if self.is_endless else self.renewed(number)[0]
         return {"dataset": self.name, "question": item["question"], "answer": item["answer"], "entry": dict(item)}
+
+    def renewed(self, seed: int):
+        return self.create(self.name, seed=seed, size=1, **self.config)
+
+
+@contextmanager
+def seeded(seed: int):
+    """Some of the library's data sets draw from Python's or numpy's own random numbers."""
+    states = random.getstate(), numpy.random.get_state()
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
 
 
 class ReasoningGym:

@@ -15,6 +15,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +32,7 @@ from tasks import load_task
 from tasks.competition_math import Math
 from tasks.countdown import Countdown
 from tasks.gsm8k import GSM8K
+from tasks.gym import SYSTEM, ReasoningGym
 from tasks.sentences import Sentences
 from view import __main__ as view
 from view import report
@@ -153,10 +155,13 @@ def asked(used: Used) -> set[str]:
     return {e.get("question") or e.get("problem") for e in used.drawn}
 
 
+GYM = dict(name="gcd", eval_size=10)
 ARITHMETIC, COUNTDOWN = dict(eval_size=20, max_depth=3), dict(dataset="COUNTDOWN", eval_size=10)
 GSM8K_FILE, MATH_FILES = dict(dataset="QUESTIONS"), dict(dataset="MATH", eval_dataset="OTHER_MATH")
 BASES = {ArithmeticTask: ARITHMETIC, Countdown: COUNTDOWN, GSM8K: GSM8K_FILE, Math: MATH_FILES, Sentences: {}}
 NAMES = {ArithmeticTask: "arithmetic", Countdown: "countdown", GSM8K: "gsm8k", Math: "math", Sentences: "sentences"}
+if find_spec("reasoning_gym"):
+    BASES, NAMES = BASES | {ReasoningGym: GYM}, NAMES | {ReasoningGym: "reasoning_gym"}
 
 
 @check(ArithmeticTask, max_digits=2)
@@ -271,6 +276,34 @@ def _(a, b):
 
 def lengths(used: Used) -> set[int]:
     return {len(example["words"]) for example in [*used.drawn, *used.held_out]}
+
+
+@check(ReasoningGym, name="lcm")
+def _(a, b):
+    assert "Greatest Common Divisor" in a.drawn[0]["question"] and "Least Common Multiple" in b.drawn[0]["question"]
+
+
+@check(ReasoningGym, config={"max_numbers": 4, "min_numbers": 4})
+def _(a, b):
+    asked = zip(every(a), every(b), strict=True)
+    assert {(few["question"].count(","), many["question"].count(",")) for few, many in asked} == {(1, 3)}
+
+
+@check(ReasoningGym, eval_size=3)
+def _(a, b):
+    assert len(a.held_out) == 10 and b.held_out == a.held_out[:3]
+
+
+@check(ReasoningGym, partial=False)
+def _(a, b):
+    wordy = f"<answer>It is {a.drawn[0]['answer']}.</answer>"
+    assert a.paid(wordy) > 0 == b.paid(wordy)
+
+
+@check(ReasoningGym, system_prompt="Be brief.")
+def _(a, b):
+    (one, asked), (other, same) = (used.task.prompt(used.drawn[0]) for used in (a, b))
+    assert other["content"] == "Be brief." != one["content"] and asked == same
 
 
 @check(Sentences, words=[2, 5])
@@ -867,6 +900,7 @@ DEFAULTS = {
     Countdown: dict(dataset="Jiayi-Pan/Countdown-Tasks-3to4", prompt_template="r1", equation_weight=1, format_weight=1)
     | dict(format_gates=False, eval_size=500, numbers=(3, 4)),
     Sentences: dict(words=3, rule="words", eval_size=64),
+    ReasoningGym: dict(name=inspect.Parameter.empty, config=None, eval_size=64, partial=True, system_prompt=SYSTEM),
     GSM8K: dict(dataset="openai/gsm8k", train_size=0, eval_size=0, prompt_template="chat"),
     Math: dict(dataset="DigitalLearningGmbH/MATH-lighteval", eval_dataset="HuggingFaceH4/MATH-500")
     | dict(levels=(1, 2, 3, 4, 5), format_weight=0.1, eval_size=0, prompt_template="chat"),
