@@ -103,6 +103,10 @@ def adapters(folder, model, config, dtype):
     return Adapters()
 
 
+def cell(values: list[float], digits: int) -> str:
+    return spread(values, digits) if len(values) > 1 else f"{values[0]:.{digits}f}"
+
+
 MERGED_OR_ADAPTERS = {"merged": merged, "adapters": adapters}
 
 
@@ -130,7 +134,7 @@ def main() -> None:
             found[arm].append(in_a_process(__file__, "--one", *map(str, arm), folder))
     rows = [
         [{"no": "fp32"}.get(p, p), rank, way, f"{max(r['gap'] for r in runs):.1e}"]
-        + [spread([r["sync"] for r in runs], 2), spread([r["rate"] for r in runs], 0)]
+        + [cell([r["sync"] for r in runs], 2), cell([r["rate"] for r in runs], 0)]
         for (way, rank, p), runs in found.items()
     ]
     begin = f"`python benchmarks/lora_sampling.py`, {options.turns} turns,"
