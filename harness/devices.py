@@ -32,11 +32,11 @@ def choose_precision(config: Config) -> str:
     on_cuda = torch.cuda.is_available() and config.device in ("auto", "cuda")
     has_bf16 = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     is_spread = any(parse_flag_from_env(f"ACCELERATE_USE_{kind}") for kind in ("FSDP", "DEEPSPEED"))
+    has_fp16 = on_cuda and not is_spread and config.optimizer == "adamw"
     if config.precision == "auto":
-        has_fp16 = on_cuda and not is_spread and config.optimizer == "adamw"
         return "bf16" if has_bf16 else "fp16" if has_fp16 else "no"
     if config.precision == "bf16" and on_cuda and not has_bf16:
-        raise UsageError("this GPU has no bf16: use --precision fp16")
+        raise UsageError(f"this GPU has no bf16: use --precision {'fp16' if has_fp16 else 'fp32'}")
     if config.precision == "fp16" and not on_cuda:
         raise UsageError("precision fp16 is for CUDA GPUs: elsewhere, use --precision fp32 (or bf16 on a CPU)")
     if config.precision == "fp16" and is_spread:

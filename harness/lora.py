@@ -8,6 +8,7 @@ than the forward pass has, and without the adapters they are the reference model
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -24,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from harness import parallel
 from harness.devices import DTYPES
 from harness.files import local_name
-from harness.model_checks import exact_products
+from harness.model_checks import check_numbers, exact_products, refused
 from harness.settings import Config, UsageError
 
 ALL = "all-linear"  # PEFT's name for every linear layer but the output head
@@ -32,13 +33,21 @@ ADAPTER, ITS_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT
 
 
 def adaptable(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers that can have an adapter, by name. The output head has none: its product is grpo.py's own."""
+    """The linear layers that can have an adapter, by name.
+
+    The output head has none: its product is grpo.py's own. Nor have layers that share a weight, since that could not be
+    merged with the adapters of both.
+    """
     head = model.get_output_embeddings()
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
+    owners = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D)}
+    return {name: layer for name, layer in linear.items() if layer is not head and owners[id(layer.weight)] == 1}
 
 
 def targets(model: nn.Module, config: Config) -> dict[str, nn.Module]:
     """The layers that `lora_targets` names: all, those with one of these names, or those that a pattern matches.
+
+    Of all layers, those that are narrower than `lora_rank` have no adapter, such as the router of a few experts.
 
     Raises:
         UsageError: there are none, `lora_rank` is more than one of them can have, or PEFT is not there.
@@ -47,13 +56,15 @@ def targets(model: nn.Module, config: Config) -> dict[str, nn.Module]:
         raise UsageError("lora_rank needs peft, which is not installed: pip install -r requirements.txt")
     layers, wanted = adaptable(model), config.lora_targets.strip()
     if wanted == ALL:
-        found = layers
+        wide = {name: layer for name, layer in layers.items() if min(layer.weight.shape) >= config.lora_rank}
+        found = wide or layers
     elif re.fullmatch(r"[\w.-]+(\s*,\s*[\w.-]+)*", wanted):
         found = {}
         for target in re.split(r"\s*,\s*", wanted):
             matches = {name: layer for name, layer in layers.items() if f".{name}".endswith(f".{target}")}
             if not matches:
-                raise UsageError(f"lora_targets has {target!r}, {no_layer(target, layers)}")
+                hint = there_are(target, layers)
+                raise UsageError(f"lora_targets has {target!r}, and no layer for an adapter has that name; {hint}")
             found |= matches
     else:
         try:
@@ -61,27 +72,65 @@ def targets(model: nn.Module, config: Config) -> dict[str, nn.Module]:
         except re.error as error:
             raise UsageError(f"lora_targets {wanted!r} is no regular expression: {error}") from error
         if not found:
-            raise UsageError(f"lora_targets {wanted!r} is a pattern, {no_layer(wanted, layers)}")
+            raise UsageError(f"the pattern lora_targets {wanted!r} matches no whole name; {there_are(wanted, layers)}")
     for name, layer in found.items():
         if config.lora_rank > min(layer.weight.shape):
             shape = " x ".join(map(str, layer.weight.shape))
             raise UsageError(
-                f"lora_rank {config.lora_rank} is more than a matrix of {shape} has, as {name} is: lower it, or leave "
-                "that layer out with --lora_targets"
+                f"lora_rank is {config.lora_rank}, and {name}, {shape}, has a smaller side: lower lora_rank, or leave "
+                "that layer out of lora_targets"
             )
     return found
 
 
-def no_layer(target: str, layers: dict) -> str:
-    """Why a target is none: what there is instead, the most similar first."""
+def there_are(target: str, layers: dict) -> str:
+    """Which layers there are, those of similar names if there are any."""
     last = sorted({name.rpartition(".")[2] for name in layers})
-    near = get_close_matches(target.rpartition(".")[2], last, cutoff=0.5) or last
-    return f"which is the name of no linear layer but the output head here; there are {', '.join(near)}"
+    return f"there are {', '.join(get_close_matches(target.rpartition('.')[2], last, cutoff=0.5) or last)}"
+
+
+@torch.no_grad()
+def called(model: nn.Module, layers: dict[str, nn.Module], config: Config) -> dict[str, nn.Module]:
+    """Those of the layers that a text goes through by a call, so that an adapter beside them has an effect.
+
+    Towers for images are not, and layers whose weight a model multiplies with by itself. Of the experts of a mixture,
+    all are if one is.
+
+    Raises:
+        UsageError: none is, or a layer is not that `lora_targets` names.
+    """
+    seen: set[str] = set()
+
+    def kind(name: str) -> str:
+        return re.sub(r"[0-9]+", "", name)
+
+    def note(name: str):
+        return lambda *_: seen.add(kind(name))
+
+    hooks = [layer.register_forward_hook(note(name)) for name, layer in layers.items()]
+    one_row(model.train())
+    model.eval()
+    for hook in hooks:
+        hook.remove()
+    found = {name: layer for name, layer in layers.items() if kind(name) in seen}
+    if len(found) < len(layers) and (config.lora_targets.strip() != ALL or not found):
+        name = next(name for name in layers if name not in found)
+        raise UsageError(
+            f"{name} is not called when {type(model).__name__} reads a text: an adapter there would do nothing. Leave "
+            "it out of lora_targets"
+        )
+    return found
+
+
+def one_row(model: nn.Module) -> torch.Tensor:
+    """The hidden states of 16 tokens."""
+    ids = torch.arange(16, device=next(model.parameters()).device) % model.get_input_embeddings().num_embeddings
+    return model.base_model(ids[None], use_cache=False).last_hidden_state
 
 
 def check_checkpoint(checkpoint: Path, config: Config) -> None:
     """Raises UsageError if LoRA was on and is off now, or the other way around."""
-    if is_in(checkpoint) != bool(config.lora_rank):
+    if holds_adapter(checkpoint) != bool(config.lora_rank):
         holds = "the whole model" if config.lora_rank else "an adapter alone"
         raise UsageError(
             f"lora_rank is {config.lora_rank}, and {checkpoint} holds {holds}: put lora_rank back in config.yaml, or "
@@ -89,18 +138,18 @@ def check_checkpoint(checkpoint: Path, config: Config) -> None:
         )
 
 
-def is_in(folder: Path) -> bool:
+def holds_adapter(folder: Path) -> bool:
     """Whether this folder holds an adapter, and not a model."""
     return (folder / ITS_CONFIG).is_file()
 
 
 def refuse_adapter(name: str) -> None:
     """Raises UsageError if this folder holds an adapter, and not a model."""
-    if is_in(Path(name)):
+    if holds_adapter(Path(name)):
         its_config = json.loads((Path(name) / ITS_CONFIG).read_text(encoding="utf-8"))
         raise UsageError(
-            f"model {name!r} is an adapter (LoRA) for {its_config.get('base_model_name_or_path')}, and a run begins "
-            "with a whole model: give both merged. The final/ of a run is that; for others see docs/small_cards.md"
+            f"model {name!r} is an adapter (LoRA) for {its_config.get('base_model_name_or_path')}, and not a whole "
+            "model: give both merged. The final/ of a run is that; for others see docs/small_cards.md"
         )
 
 
@@ -112,23 +161,33 @@ def add_adapters(model: nn.Module, config: Config, accelerator: Accelerator, che
     if not config.lora_rank:
         return
     peft = import_module("peft")
-    layers = targets(model, config)
+    chosen = targets(model, config)
+    with refused(model, "cannot be trained with LoRA"):
+        layers = called(model, chosen, config)
+    without = (len(adaptable(model)) - len(layers)) * (config.lora_targets.strip() == ALL)
     torch.manual_seed(config.seed)  # all processes begin with the same A
     settings = peft.LoraConfig(
         r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=list(layers), task_type="CAUSAL_LM",
         base_model_name_or_path=local_name(config.model),
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers.values()),
     )  # fmt: skip
-    peft.inject_adapter_in_model(settings, model)
-    frozen = [weight for weight in model.parameters() if not weight.requires_grad]
-    parallel.cast(frozen, DTYPES[accelerator.mixed_precision])
+    with refused(model, "cannot be trained with LoRA"):
+        peft.inject_adapter_in_model(settings, model)
+        # it has rules of its own for layers beside fused experts
+        if layers.keys() != adapted(model).keys():
+            elsewhere = sorted({name.rpartition(".")[2] for name in layers.keys() - adapted(model).keys()})
+            raise UsageError(
+                f"PEFT puts adapters of {type(model).__name__} where they cannot be merged: name its other layers in "
+                f"lora_targets, without {', '.join(elsewhere)}"
+            )
+        frozen = [weight for weight in model.parameters() if not weight.requires_grad]
+        parallel.cast(frozen, DTYPES[accelerator.mixed_precision])
+        check_numbers(model, accelerator.mixed_precision)
     if checkpoint:
         load(model, checkpoint)
-    print(f"LoRA of rank {config.lora_rank} on {len(layers)} layers: {count(trained(model)):,} numbers are trained")
-
-
-def count(weights: dict[str, torch.Tensor]) -> int:
-    return sum(weight.numel() for weight in weights.values())
+    rest = f" ({without} others are too narrow for it, or not called)" if without else ""
+    numbers = sum(weight.numel() for weight in trained(model).values())
+    print(f"LoRA of rank {config.lora_rank} on {len(layers)} layers{rest}: {numbers:,} numbers are trained")
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -193,13 +252,13 @@ def change(layer: nn.Module) -> torch.Tensor:
 @contextmanager
 def switched_off(model: nn.Module):
     layers = adapted(model).values()
-    for layer in layers:
-        layer.enable_adapters(False)
+    for layer in layers:  # not by `enable_adapters`, which freezes them: FSDP would note that they have no gradient
+        layer._disable_adapters = True
     try:
         yield
     finally:
         for layer in layers:
-            layer.enable_adapters(True)
+            layer._disable_adapters = False
 
 
 class WithoutAdapters(nn.Module):

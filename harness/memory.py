@@ -166,13 +166,14 @@ def needs(
     chunk = min(s.chunk, math.ceil(tokens * config.max_completion_tokens / longest))
     logits = 4 * chunk * s.vocabulary * (3 if config.entropy_coef else 2)
     logits += 4 * s.vocabulary * s.hidden * ((not rank) + in_16_bits)
+    by_torch = not (vllm or config.samples_with_servers)
+    sample_rows = max(config.sample_rows, config.group_size, config.eval_samples)  # the evaluation fills them
+    sampled_logits = 12 * sample_rows * s.vocabulary + in_16_bits * 4 * s.vocabulary * s.hidden
     # with gradient checkpointing, the logits are gone when the activations of a layer are made again
     again = tokens * s.activation_bytes(trainer_half, False, rank) / s.layers if config.gradient_checkpointing else 0
     awake = not config.vllm_sleep
     vllm_weights = n * (2 if half else 4) if vllm else 0
     cache = vllm_cache_bytes(shape, config, half, free, spread.processes) if vllm else 0
-    sample_rows = max(config.sample_rows, config.group_size, config.eval_samples)  # the evaluation fills them
-    by_torch = not (vllm or config.samples_with_servers)
     torch_cache = by_torch * 1.25 * sample_rows * longest * s.cache_bytes(trainer_half)
     table = {
         "weights": [held / spread.weights] * 3,
@@ -182,7 +183,7 @@ def needs(
         "older weights": [by_torch * bool(config.staleness) * held] * 3,
         "16-bit copies of the weights": [by_torch * copies, copies, copies],
         "activations": [0, 0, tokens * s.activation_bytes(trainer_half, config.gradient_checkpointing, rank)],
-        "logits": [by_torch * 12 * sample_rows * s.vocabulary, logits, max(logits - again, 0)],
+        "logits": [by_torch * sampled_logits, logits, max(logits - again, 0)],
         "vLLM: weights": [vllm_weights, awake * vllm_weights, awake * vllm_weights],
         "key-value cache": [cache or torch_cache, awake * cache, awake * cache],
         "vLLM: the rest": [VLLM_REST if vllm and on_gpu else 0] * 3,
@@ -253,10 +254,13 @@ def lower(table_of, config: Config, limit: float, can_sleep: bool) -> str:
         adapters = dict(lora_rank=ADVISED_RANK, optimizer="adamw")
         more, with_lora = cheapest(table_of, replace(config, **adapters), limit, can_sleep)
         if with_lora <= limit:
-            more = dict(lora_rank=ADVISED_RANK, lr=f"{10 * config.lr:g}") | more
+            other_optimizer = {} if config.optimizer == "adamw" else {"optimizer": "adamw"}
+            more = dict(lora_rank=ADVISED_RANK, lr=f"{10 * config.lr:g}") | other_optimizer | more
             told = f"With {as_flags(more)} (LoRA: it wants a larger learning rate) it needs about"
             other = f"; with all weights trained and {flags}, about {needed / 1e9:.0f} GB" if fits else ""
             return f"{told} {with_lora / 1e9:.0f} GB{other}"
+        if with_lora < needed:
+            changed, flags, needed = more, as_flags(dict(lora_rank=ADVISED_RANK) | more), with_lora
     if fits:
         return f"With {flags} it needs about {needed / 1e9:.0f} GB"
     with_flags = f"Even with {flags} it needs" if changed else "It needs"

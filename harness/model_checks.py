@@ -70,6 +70,24 @@ def refused(model: nn.Module, what: str):
         raise UsageError(f"{type(model).__name__} {what}: {type(error).__name__}: {reason}") from error
 
 
+@torch.no_grad()
+def check_numbers(model: nn.Module, precision: str) -> None:
+    """Raises UsageError if the model computes what is no number in this precision, as many do in fp16.
+
+    Args:
+        precision: a name of `devices.DTYPES`.
+    """
+    table = model.get_input_embeddings()
+    ids, dtype = torch.arange(16, device=table.weight.device) % table.num_embeddings, {"bf16": torch.bfloat16}
+    with torch.autocast(ids.device.type, dtype.get(precision, torch.float16), enabled=precision != "no"):
+        hidden = model.base_model(ids[None], use_cache=False).last_hidden_state
+    if not hidden.isfinite().all():
+        raise UsageError(
+            f"{type(model).__name__} computes numbers that {precision} cannot hold: use --precision fp32, or bf16 on a "
+            "card that has it"
+        )
+
+
 @contextmanager
 def exact_products():
     """Products of float32 in float32, also where a run wants them faster."""
@@ -112,6 +130,8 @@ def check_model(run, make_policy, make_sampler) -> None:
         own = [logps_of(model(row).logits, s) for row, s in zip(ids, samples, strict=True)]
     if not all(row.isfinite().all() for row in own):
         raise UsageError(f"{name} computes numbers that are not finite: its weights are broken")
+    with refused(model, "cannot be computed in this precision"):
+        check_numbers(model, run.accelerator.mixed_precision)
     if model.base_model is model:
         raise UsageError(f"{name} has no decoder under the name {model.base_model_prefix!r} that gives hidden states")
     policy = make_policy(model)

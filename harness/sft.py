@@ -108,11 +108,13 @@ def sft_step(run, rows: list[Sample]) -> float:
             run.accelerator.backward(loss * scale)
         found += loss.item() * bool(scale)
     norm = float(run.accelerator.clip_grad_norm_(run.policy.parameters(), run.config.grad_clip))
-    if not math.isfinite(norm) and not run.accelerator.scaler:  # which leaves out what overflows in fp16
+    found = sum(parallel.join([found]))
+    overflows = not math.isfinite(norm) and not run.accelerator.scaler  # which leaves out what overflows in fp16
+    if overflows or not math.isfinite(found):
         raise UsageError("the gradient is not finite: the model has diverged, and is not written. Lower lr")
     run.optimizer.step()
     run.optimizer.zero_grad()
-    return sum(parallel.join([found]))
+    return found
 
 
 def save(run, folder: Path) -> None:

@@ -13,7 +13,7 @@ def kept_weights(model, optimizer) -> dict[str, torch.Tensor]:
     Tied weights are there once. In float32 where the optimizer has them so, or a resumed run would round them.
     """
     if lora.adapted(model):
-        return {name: weight.cpu() for name, weight in parallel.whole_weights(model) if lora.is_adapter(name)}
+        return {name: parallel.whole(weight.detach()).cpu() for name, weight in lora.trained(model).items()}
     weights = buffers(model) | {name: weight.cpu() for name, weight in parallel.whole_weights(model)}
     float32 = getattr(getattr(optimizer, "optimizer", optimizer), "float32_weights", [])
     return weights | dict(zip(dict(model.named_parameters()), float32, strict=False))

@@ -10,6 +10,7 @@ import random
 import shutil
 import sys
 import textwrap
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -53,10 +54,12 @@ def side_by_side(left: list[str], right: list[str], width: int) -> str:
 
 def play(run: Path, config: Config, samples: int, seed: int) -> None:
     task = load_task(config.task, config.task_args, config.reward_seconds)
+    if config.precision == "fp16":  # the run's card may be another one
+        config = replace(config, precision="auto")
     accelerator = devices.make_accelerator(config)
     samplers, trusted = {}, config.trust_remote_code
     for title, name in (("base", config.model), ("trained", trained_model(run, config))):
-        adapter = Path(name) if lora.is_in(Path(name)) else None  # of a run that has no final/ yet
+        adapter = Path(name) if lora.holds_adapter(Path(name)) else None  # of a run that has no final/ yet
         model, tokenizer = loading.load_model(config.model if adapter else name, False, trusted, adapter)
         if adapter:
             lora.add_adapters(model, config, accelerator, adapter)

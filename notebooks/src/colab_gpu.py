@@ -13,7 +13,7 @@ MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 RECIPE = "configs/gsm8k-0.5b-lora.yaml"
 MINUTES = 45  # of training; what is set up before takes some five more
 VLLM = False  # writes answers faster, but pip fetches several GB more; whether it runs on a T4 has not been tried
-FLAGS = {"precision": "auto", "report_to": ""}  # more settings: `python grpo.py --help` has all of them
+FLAGS = {}  # more settings, such as {"lora_rank": 8}: `python grpo.py --help` has all of them
 REPOSITORY = ""
 # %% [markdown]
 # ## Set up
@@ -70,8 +70,11 @@ try:
     while part := training.stdout.read1():
         print(part.decode(errors="replace"), end="", flush=True)
 except KeyboardInterrupt:
-    training.send_signal(2)  # once, as Ctrl-C does in a terminal
-    print(training.communicate()[0].decode(errors="replace"))
+    training.send_signal(2)  # as Ctrl-C does in a terminal: it finishes its step, and saves
+    try:
+        print(training.communicate()[0].decode(errors="replace"))
+    except KeyboardInterrupt:
+        training.kill()
 if training.wait() not in (0, 130):
     raise SystemExit("the run has failed: the line that begins with `error:` says why")
 RUN = max((ROOT / settings["runs"]).iterdir(), key=lambda folder: folder.stat().st_mtime)

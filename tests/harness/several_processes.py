@@ -39,15 +39,16 @@ def rows(case: str) -> list[grpo.Rollout]:
 def trained(case: str, accelerator, config: grpo.Config) -> dict:
     model = other_model("qwen2")
     if config.lora_rank:
-        with_adapters(model, config)
+        with_adapters(model, config, accelerator.mixed_precision)
     policy = grpo.Policy(model, entropy_gradient=config.entropy_coef > 0)
     optimizer = optimizers.make_optimizer(policy, config, accelerator)
     policy, optimizer = accelerator.prepare(policy, optimizer)
     rollouts = rows(case)
+    if config.lora_rank:  # before any other pass, as in a run with the torch sampler
+        grpo.add_logps("ref_logps", lora.WithoutAdapters(policy), rollouts, accelerator, config)
     grpo.add_logps("old_logps", policy, rollouts, accelerator, config)
     logps = [r.old_logps for r in rollouts]
     if config.lora_rank:
-        grpo.add_logps("ref_logps", lora.WithoutAdapters(policy), rollouts, accelerator, config)
         logps += [r.ref_logps for r in rollouts]
     if case == "one row":  # of which two processes have one and none
         rollouts = [r for r in rollouts if r.advantage > 0][:1]

@@ -3,9 +3,11 @@
 import copy
 import gc
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import architectures
 import peft
 import pytest
 import torch
@@ -17,8 +19,13 @@ import grpo
 from harness import loading, lora, memory, optimizers, weight_transfer
 from harness.proven_sampler import check_sampler
 from harness.settings import Sample, Sampling
+from mathformer.train import build_model
 
 MODELS = ["qwen2", "llama", "gpt2", "mathformer"]
+# PEFT moves adapters of layers beside fused experts into the experts, and refuses Mamba's out_proj
+NOT_WITH_LORA = set("afmoe deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5_moe exaone_moe falcon_h1".split())
+NOT_WITH_LORA |= set("glm4_moe glm4_moe_lite glm_moe_dsa hunyuan_v1_moe nemotron_h phimoe".split())
+NOT_WITH_LORA |= {"qwen3_next", "solar_open"}
 SMALL = dict(task_args=dict(eval_size=4), eval_samples=2, prompts_per_step=4, group_size=4, lora_rank=4, lr=1e-2)
 
 
@@ -116,11 +123,10 @@ def test_frozen_weights_have_the_precision_of_the_forward_pass_and_what_is_train
     assert all(lora.is_adapter(name) for name in lora.trained(model))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", ["qwen2", "gpt2"])
-def test_gradient_checkpointing_changes_no_gradient(name, checkpointing, make_config, accelerator):
+def test_gradient_checkpointing_changes_no_gradient(name, make_config, accelerator):
     gradients = []
-    for on in (False, checkpointing):
+    for on in (False, True):
         plain = other_model(name)
         if on:
             plain.gradient_checkpointing_enable()
@@ -131,6 +137,41 @@ def test_gradient_checkpointing_changes_no_gradient(name, checkpointing, make_co
         gradients.append({n: before[n] - p.detach() for n, p in lora.trained(model).items()})
     a, b = gradients
     assert all((a[n] - b[n]).abs().max() < 1e-6 and a[n].any() for n in a)
+
+
+# Models of other kinds
+
+SOME = ["deepseek_v3", "jamba", "mixtral", "qwen2_moe", "falcon_h1", "gemma3", "phimoe", "zamba2"]  # others: slow
+KINDS = [kind for kind in architectures.KINDS if kind not in architectures.REFUSED]
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k in SOME else pytest.mark.slow) for k in KINDS])
+def test_an_adapted_model_of_any_kind_merges_into_what_it_computes_or_is_refused(kind, make_config):
+    base = architectures.tiny_model(kind).eval()
+    try:
+        model = with_adapters(copy.deepcopy(base), make_config(lora_rank=1), filled=False)
+    except grpo.UsageError as error:
+        assert kind in NOT_WITH_LORA and "\n" not in str(error), error
+        return
+    assert kind not in NOT_WITH_LORA
+    torch.manual_seed(1)
+    for name, weight in lora.trained(model).items():
+        if "lora_B" in name:
+            weight.data.normal_(0, 0.02)
+    rows = [Sample([5, 9, 20, 7], [30, 41, 8, 6], [0.0] * 4, False), Sample([4, 11], [12, 13, 14], [0.0] * 3, False)]
+    inputs = grpo.policy_inputs(rows, "cpu")
+    own, _ = grpo.Policy(model)(**inputs)
+    merged = dict(lora.merged_weights(model))
+    assert list(merged) == [name for name, _ in base.named_parameters()]
+    alone = copy.deepcopy(base)
+    alone.load_state_dict(merged, strict=False)
+    with torch.no_grad():
+        assert (own - grpo.Policy(alone)(**inputs)[0]).abs().max() < 1e-4
+        assert (own - grpo.Policy(base)(**inputs)[0]).abs().max() > 1e-4
+    own.sum().backward()
+    without = {name for name, weight in lora.trained(model).items() if weight.grad is None}
+    # experts that these few tokens did not go to, and what chooses tokens, which has no gradient
+    assert all("expert" in name or "indexer" in name for name in without)
 
 
 # Which layers
@@ -161,12 +202,13 @@ def test_targets_are_names_or_a_pattern(targets, layers, make_config):
 
 
 WRONG = [
-    (dict(lora_targets="q_prjo"), "lora_targets has 'q_prjo'.* there are .*q_proj"),
-    (dict(lora_targets="q_proj,lm_head"), "lora_targets has 'lm_head'.*but the output head"),
-    (dict(lora_targets="proj"), "lora_targets has 'proj'"),
-    (dict(lora_targets=".*[.]qkv"), "is a pattern, which is the name of no linear layer.* there are"),
+    (dict(lora_targets="q_prjo"), "lora_targets has 'q_prjo', and no layer .* there are .*q_proj"),
+    (dict(lora_targets="q_proj,lm_head"), "lora_targets has 'lm_head', and no layer for an adapter has that name"),
+    (dict(lora_targets="proj"), "lora_targets has 'proj', and no layer"),
+    (dict(lora_targets=".*[.]qkv"), "the pattern lora_targets '.*' matches no whole name; there are .*q_proj"),
     (dict(lora_targets="[q"), "no regular expression"),
-    (dict(lora_targets="k_proj", lora_rank=17), "lora_rank 17 is more than a matrix of 16 x 32 has, as .*k_proj is"),
+    (dict(lora_targets="k_proj", lora_rank=17), "lora_rank is 17, and .*k_proj, 16 x 32, has a smaller side"),
+    (dict(lora_rank=100), "lora_rank is 100, and .* has a smaller side"),
 ]
 
 
@@ -197,7 +239,7 @@ def test_settings_that_contradict_each_other(settings, message, make_config):
 def test_an_adapter_is_no_model(make_config, tmp_path):
     result = grpo.train(make_config(steps=1, **SMALL))
     for folder in ("checkpoint-1", "final/adapter"):
-        with pytest.raises(grpo.UsageError, match=f"is an adapter .LoRA. for {PRETRAINED}, and .* give both merged"):
+        with pytest.raises(grpo.UsageError, match=f"is an adapter .LoRA. for {PRETRAINED}, .* give both merged"):
             grpo.train(make_config(model=str(result["run"] / folder)))
 
 
@@ -300,6 +342,25 @@ def test_moments_are_those_of_adapters(make_config, accelerator):
     )
 
 
+def test_layers_that_are_too_narrow_have_no_adapter_unless_they_are_named(tokenizer, make_config, capsys):
+    model = build_model("tiny", tokenizer, num_experts=4, active_experts=2).eval()
+    adapted = with_adapters(copy.deepcopy(model), make_config(lora_rank=8))
+    names = list(lora.adapted(adapted))
+    assert not any("router" in name for name in names) and any("experts.3" in name for name in names)
+    routers = sum("router" in name for name, _ in model.named_modules())
+    assert f"({routers} others are too narrow for it, or not called)" in capsys.readouterr().out
+    with pytest.raises(grpo.UsageError, match="lora_rank is 8, and .*router, 4 x .*, has a smaller side"):
+        with_adapters(copy.deepcopy(model), make_config(lora_rank=8, lora_targets="router"))
+
+
+def test_layers_that_no_text_goes_through_have_no_adapter(make_config):
+    model = architectures.tiny_model("jamba").eval()  # multiplies with dt_proj's weight, and does not call it
+    adapted = with_adapters(copy.deepcopy(model), make_config(lora_rank=1))
+    assert not any("dt_proj" in name for name in lora.adapted(adapted))
+    with pytest.raises(grpo.UsageError, match="dt_proj is not called when JambaForCausalLM reads a text"):
+        with_adapters(model, make_config(lora_rank=1, lora_targets="dt_proj"))
+
+
 # A sampler with weights of its own
 
 
@@ -352,6 +413,16 @@ def test_a_sampler_with_old_adapters_is_seen_at_the_start(filled, renew, follows
     else:
         with pytest.raises(grpo.UsageError, match="vLLM's log-probs differ from the trainer's"):
             check()
+
+
+def test_a_sampler_whose_log_probs_are_no_numbers_does_not_pass(make_config, accelerator):
+    base, config = other_model("qwen2"), make_config(lora_rank=4, max_completion_tokens=8, max_prompt_tokens=20)
+    model = with_adapters(copy.deepcopy(base), config)
+    sampler = OwnWeights(model, base, lambda model: dict(lora.merged_weights(model)))
+    generate = sampler.generate
+    sampler.generate = lambda *args: [s._replace(logps=[math.nan] * s.length) for s in generate(*args)]
+    with pytest.raises(grpo.UsageError, match="vLLM's log-probs differ from the trainer's by nan"):
+        check_sampler(sampler, grpo.Policy(model), accelerator, [[1, 5, 6], [1, 9]], config)
 
 
 @pytest.mark.parametrize("plain", MODELS, indirect=True)

@@ -80,8 +80,11 @@ def test_two_processes_train_as_one(kind, tmp_path):
 
 def test_log_probs_of_a_sharded_policy_in_bf16_are_not_rounded_to_it(tmp_path):
     """accelerate's own setting for FSDP2 rounds what comes out of the policy."""
-    done = launch("fsdp2", "tests/harness/several_processes.py", str(tmp_path / "two.pt"), "bf16", "uneven shares")
+    cases = ["uneven shares", "adapters"]
+    done = launch("fsdp2", "tests/harness/several_processes.py", str(tmp_path / "two.pt"), "bf16", *cases)
     assert not done.returncode, done.stderr[-3000:]
+    adapted = torch.load(tmp_path / "two.pt")["adapters"]
+    assert adapted["metrics"]["grad_norm"] > 0 and adapted["drift"] == 0, "frozen in bf16, trained in float32"
     found = torch.load(tmp_path / "two.pt")["uneven shares"]
     logps = torch.tensor(sum(found["logps"], []))
     assert (logps != logps.bfloat16().float()).float().mean() > 0.9

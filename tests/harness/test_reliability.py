@@ -279,7 +279,7 @@ def test_three_steps_that_are_not_finite_end_the_run_with_its_rollouts_saved(run
 def test_a_diverged_model_is_told_in_one_line(model):
     with torch.no_grad():
         next(model.parameters()).fill_(float("nan"))
-    with pytest.raises(grpo.UsageError, match="logits are not numbers: it has diverged"):
+    with pytest.raises(grpo.UsageError, match="logits are not numbers: it has diverged, or overflows"):
         grpo.TorchSampler(model, [2]).generate([[1, 5]], 2, grpo.Sampling(4), seed=0)
 
 
