@@ -130,8 +130,6 @@ def check_model(run, make_policy, make_sampler) -> None:
         own = [logps_of(model(row).logits, s) for row, s in zip(ids, samples, strict=True)]
     if not all(row.isfinite().all() for row in own):
         raise UsageError(f"{name} computes numbers that are not finite: its weights are broken")
-    with refused(model, "cannot be computed in this precision"):
-        check_numbers(model, run.accelerator.mixed_precision)
     if model.base_model is model:
         raise UsageError(f"{name} has no decoder under the name {model.base_model_prefix!r} that gives hidden states")
     policy = make_policy(model)
@@ -151,6 +149,8 @@ def check_model(run, make_policy, make_sampler) -> None:
         raise UsageError(f"{name} gives a row other log-probs beside a longer one: is it causal?")
     if far(own, training):
         raise UsageError(f"{name} computes otherwise in training: it would not train what was sampled")
+    with refused(model, "cannot be computed in this precision"):
+        check_numbers(model, run.accelerator.mixed_precision)
     if run.sampler_name != "torch":  # vLLM proves itself
         return
     with refused(model, "cannot be sampled from with torch (vLLM may serve it: --sampler vllm)"):

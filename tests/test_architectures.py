@@ -29,7 +29,7 @@ TODAY = (
 
 def checked(model, sampler: str = "torch"):
     switch_off_noise(model)
-    where = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
+    where = SimpleNamespace(device=torch.device("cpu"), num_processes=1, mixed_precision="no")
     parts = dict(model=model, problems=[SimpleNamespace(ids=PROMPT)], sampler_name=sampler, accelerator=where)
     parts = SimpleNamespace(**parts)
     check_model(parts, grpo.Policy, grpo.TorchSampler)
