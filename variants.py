@@ -47,7 +47,7 @@ def draw(probs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     kind = torch.float32 if probs.device.type == "mps" else torch.float64  # in which 1 + 1e-15 is not 1
     sums = probs.to(kind).cumsum_(-1)
     if sums[:, -1].isnan().any():
-        raise UsageError("the logits are not numbers: it has diverged, or overflows in fp16. Go back to a checkpoint, or lower lr")
+        raise UsageError("the logits are not numbers: it has diverged, or overflows in fp16. Lower lr, or take fp32")
     below_1 = torch.rand(len(probs), 1, dtype=kind, device=probs.device, generator=generator)
     return torch.searchsorted(sums, (1 - below_1) * sums[:, -1:])
 
