@@ -264,6 +264,16 @@ def largest_gap(model, samples) -> float:
     return max((logps[i, : s.length] - torch.tensor(s.logps)).abs().max().item() for i, s in enumerate(samples))
 
 
+def check_that_new_adapters_sample(sampler, model, base, generate, tolerance: float) -> None:
+    """`generate` gives what the sampler writes: that of the model with its adapters, also after they have changed."""
+    for seed in (2, 3):
+        found = generate()
+        assert largest_gap(model, found) < tolerance and largest_gap(base, found) > 0.1
+        fill_adapters(model, seed)
+        assert largest_gap(model, found) > 0.1
+        sampler.sync()
+
+
 def updated(model, rollouts, config, accelerator) -> tuple[dict, dict]:
     """Metrics of one `update` by plain SGD of rate 1, and minus the gradients that it applied, by parameter name."""
     policy = grpo.Policy(copy.deepcopy(model), config.temperature, entropy_gradient=config.entropy_coef > 0)
