@@ -108,8 +108,9 @@ def called(model: nn.Module, layers: dict[str, nn.Module], config: Config) -> di
         return lambda *_: seen.add(kind(name))
 
     hooks = [layer.register_forward_hook(note(name)) for name, layer in layers.items()]
+    was_training = model.training
     one_row(model.train())
-    model.eval()
+    model.train(was_training)
     for hook in hooks:
         hook.remove()
     found = {name: layer for name, layer in layers.items() if kind(name) in seen}

@@ -503,7 +503,7 @@ def test_a_server_that_others_reach_is_warned_of(address, here, capsys):
 
 def test_the_line_that_starts_a_server(folder, config):
     model_config = loading.load_model_config(folder)
-    words = serve.command(folder, model_config, replace(config, seed=3), False, "127.0.0.1", 8001)
+    words = serve.command(folder, model_config, replace(config, seed=3), torch.float32, "127.0.0.1", 8001)
     flags = dict(zip(words, words[1:], strict=False))
     expected = {"--model": folder, "--host": "127.0.0.1", "--port": "8001", "--dtype": "float32", "--seed": "3"}
     expected |= {"--max-model-len": "100", "--max-num-seqs": "256", "--logprobs-mode": "processed_logprobs"}
@@ -516,7 +516,7 @@ def test_the_line_that_starts_a_server(folder, config):
 
 def test_on_a_gpu_weights_come_by_nccl(folder, config, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    words = serve.command(folder, loading.load_model_config(folder), config, True, "127.0.0.1", 8001)
+    words = serve.command(folder, loading.load_model_config(folder), config, torch.bfloat16, "127.0.0.1", 8001)
     flags = dict(zip(words, words[1:], strict=False))
     assert json.loads(flags["--weight-transfer-config"]) == {"backend": "nccl"} and flags["--dtype"] == "bfloat16"
     assert json.loads(flags["--hf-overrides"]) == {"head_dtype": "float32"}

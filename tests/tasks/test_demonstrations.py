@@ -38,6 +38,7 @@ def task_args(tmp_path_factory):
         "arithmetic": dict(max_depth=3),
         "countdown": dict(dataset="synthetic", eval_size=20),
         "sentences": {},
+        "reasoning_gym": dict(name="lcm", eval_size=20),
         "gsm8k": dict(dataset=write("questions.jsonl", questions), eval_size=3),
         "math": dict(dataset=write("math.jsonl", maths), eval_dataset=write("eval.jsonl", maths[:3])),
     }
