@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from harness import parallel
 from harness.devices import DTYPES
 from harness.files import local_name
-from harness.model_checks import check_numbers, exact_products, refused
+from harness.model_checks import check_numbers, exact_products, one_row, refused
 from harness.settings import Config, UsageError
 
 ALL = "all-linear"  # PEFT's name for every linear layer but the output head
@@ -123,12 +123,6 @@ def called(model: nn.Module, layers: dict[str, nn.Module], config: Config) -> di
     return found
 
 
-def one_row(model: nn.Module) -> torch.Tensor:
-    """The hidden states of 16 tokens."""
-    ids = torch.arange(16, device=next(model.parameters()).device) % model.get_input_embeddings().num_embeddings
-    return model.base_model(ids[None], use_cache=False).last_hidden_state
-
-
 def check_checkpoint(checkpoint: Path, config: Config) -> None:
     """Raises UsageError if LoRA was on and is off now, or the other way around."""
     if holds_adapter(checkpoint) != bool(config.lora_rank):
@@ -165,7 +159,7 @@ def add_adapters(model: nn.Module, config: Config, accelerator: Accelerator, che
     chosen = targets(model, config)
     with refused(model, "cannot be trained with LoRA"):
         layers = called(model, chosen, config)
-    without = (len(adaptable(model)) - len(layers)) * (config.lora_targets.strip() == ALL)
+    left_out = len(adaptable(model)) - len(layers) if config.lora_targets.strip() == ALL else 0
     torch.manual_seed(config.seed)  # all processes begin with the same A
     settings = peft.LoraConfig(
         r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=list(layers), task_type="CAUSAL_LM",
@@ -186,7 +180,7 @@ def add_adapters(model: nn.Module, config: Config, accelerator: Accelerator, che
         check_numbers(model, accelerator.mixed_precision)
     if checkpoint:
         load(model, checkpoint)
-    rest = f" ({without} others are too narrow for it, or not called)" if without else ""
+    rest = f" ({left_out} others are too narrow for it, or not called)" if left_out else ""
     numbers = sum(weight.numel() for weight in trained(model).values())
     print(f"LoRA of rank {config.lora_rank} on {len(layers)} layers{rest}: {numbers:,} numbers are trained")
 

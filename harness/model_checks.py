@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from harness.batching import policy_inputs
+from harness.devices import DTYPES
 from harness.settings import Sample, Sampling, UsageError
 
 CLOSE = 1e-3  # of log-probs in float32; a tiny part of what a wrong mask, position or cache would make of them
@@ -70,6 +71,13 @@ def refused(model: nn.Module, what: str):
         raise UsageError(f"{type(model).__name__} {what}: {type(error).__name__}: {reason}") from error
 
 
+def one_row(model: nn.Module) -> torch.Tensor:
+    """The hidden states of 16 tokens."""
+    table = model.get_input_embeddings()
+    ids = torch.arange(16, device=table.weight.device) % table.num_embeddings
+    return model.base_model(ids[None], use_cache=False).last_hidden_state
+
+
 @torch.no_grad()
 def check_numbers(model: nn.Module, precision: str) -> None:
     """Raises UsageError if the model computes what is no number in this precision, as many do in fp16.
@@ -77,10 +85,9 @@ def check_numbers(model: nn.Module, precision: str) -> None:
     Args:
         precision: a name of `devices.DTYPES`.
     """
-    table = model.get_input_embeddings()
-    ids, dtype = torch.arange(16, device=table.weight.device) % table.num_embeddings, {"bf16": torch.bfloat16}
-    with torch.autocast(ids.device.type, dtype.get(precision, torch.float16), enabled=precision != "no"):
-        hidden = model.base_model(ids[None], use_cache=False).last_hidden_state
+    device = model.get_input_embeddings().weight.device
+    with torch.autocast(device.type, DTYPES[precision], enabled=precision != "no"):
+        hidden = one_row(model)
     if not hidden.isfinite().all():
         raise UsageError(
             f"{type(model).__name__} computes numbers that {precision} cannot hold: use --precision fp32, or bf16 on a "
@@ -149,8 +156,9 @@ def check_model(run, make_policy, make_sampler) -> None:
         raise UsageError(f"{name} gives a row other log-probs beside a longer one: is it causal?")
     if far(own, training):
         raise UsageError(f"{name} computes otherwise in training: it would not train what was sampled")
-    with refused(model, "cannot be computed in this precision"):
-        check_numbers(model, run.accelerator.mixed_precision)
+    if run.accelerator.mixed_precision != "no":  # float32 is what was looked at above
+        with refused(model, "cannot be computed in this precision"):
+            check_numbers(model, run.accelerator.mixed_precision)
     if run.sampler_name != "torch":  # vLLM proves itself
         return
     with refused(model, "cannot be sampled from with torch (vLLM may serve it: --sampler vllm)"):

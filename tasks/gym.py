@@ -2,6 +2,7 @@
 
 import random
 from contextlib import contextmanager
+from dataclasses import fields
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -25,8 +26,8 @@ def known_names() -> dict[str, set[str]]:
     if not find_spec("reasoning_gym"):
         raise ValueError("it needs the package reasoning-gym: pip install reasoning-gym")
     known = import_module("reasoning_gym.factory").DATASETS
-    return {name: set(vars(kind[1])["__dataclass_fields__"]) - {"seed", "size"} for name, kind in known.items()
-            if name != "composite"}  # fmt: skip
+    known = {name: config for name, (_, config) in known.items() if name != "composite"}  # which is made of others
+    return {name: {field.name for field in fields(config)} - {"seed", "size"} for name, config in known.items()}
 
 
 class Source:

@@ -851,6 +851,7 @@ SERVERS = [
 
 LORA = "harness/test_lora.py::test_"
 FP16 = "harness/test_fp16.py::test_"
+GYM = "tasks/test_gym.py::test_"
 SMALL_CARDS = [
     mutant(f"{LORA}merged_weights_compute_what_weights_and_adapters_do", "merged without alpha over rank", "change",
            "layer.scaling['default'] * (b @ a)", "b @ a"),
@@ -910,6 +911,14 @@ SMALL_CARDS = [
            "scaler.load_state_dict(scaling)", "None"),
     mutant(f"{FP16}the_head_keeps_gradients_of_fp16_that_are_too_small_for_it", "the head's gradients in fp16", "Gradients.__init__",
            "torch.empty_like(hidden, dtype=wide)", "torch.empty_like(hidden)"),
+    mutant(f"{GYM}no_problem_of_the_evaluation_is_in_the_training", "problems of the evaluation are trained on", "ReasoningGym.train",
+           "(example := self.draw(rng))['question'] not in self.taken", "(example := self.draw(rng))"),
+    mutant(f"{GYM}a_mixture_has_its_weights_and_its_settings", "a mixture without its weights", "ReasoningGym.draw",
+           "rng.choices(list(self.weights), list(self.weights.values()))", "rng.choices(list(self.weights))"),
+    mutant(f"{GYM}the_score_of_the_library_is_the_reward", "partly right answers are paid all the same", "ReasoningGym.reward",
+           "min(max(score, 0.0), 1.0) if self.partial else right", "min(max(score, 0.0), 1.0)"),
+    mutant(f"{GYM}a_verifier_that_raises_pays_nothing_and_says_so", "a verifier's error goes unseen", "ReasoningGym.reward",
+           "failed = 1.0", "pass"),
     mutant(f"{FP16}auto_is_what_the_card_has", "auto is fp32 where there is no bf16", "choose_precision",
            "'bf16' if has_bf16 else 'fp16' if has_fp16 else 'no'", "'bf16' if has_bf16 else 'no'"),
 ]  # fmt: skip

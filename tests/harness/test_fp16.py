@@ -1,6 +1,5 @@
 """fp16 on a CPU: autocast and a loss scaler of torch, where accelerate has them for GPUs only."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import other_model
 from safetensors.torch import load_file
+from test_parallel import rows
 from torch.nn.modules.module import register_module_forward_hook
 
 import grpo
@@ -29,12 +29,6 @@ def fp16(monkeypatch):
     monkeypatch.setattr(devices, "choose_precision", lambda config: "fp16")
     yield Fp16OnCpu
     AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
-    timed = ("seconds_sample", "seconds_train", "seconds_sync", "tokens_per_second", "peak_memory")
-    found = map(json.loads, (folder / name).read_text().splitlines())
-    return [{key: value for key, value in row.items() if key not in timed} for row in found]
 
 
 @pytest.mark.parametrize("rank", [0, 4])

@@ -2,9 +2,7 @@
 
 import copy
 import gc
-import json
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import architectures
@@ -14,6 +12,7 @@ import torch
 import transformers
 from conftest import PRETRAINED, expected_loss, largest_gap, other_model, random_rollouts, with_adapters
 from safetensors.torch import load_file, save_file
+from test_parallel import rows
 
 import grpo
 from harness import loading, lora, memory, optimizers, weight_transfer
@@ -250,12 +249,6 @@ def test_peft_that_is_not_there_is_told_first(make_config, monkeypatch):
 
 
 # A run
-
-
-def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
-    timed = ("seconds_sample", "seconds_train", "seconds_sync", "tokens_per_second", "peak_memory")
-    found = map(json.loads, (folder / name).read_text().splitlines())
-    return [{key: value for key, value in row.items() if key not in timed} for row in found]
 
 
 def test_a_run_trains_adapters_alone_and_ends_with_a_model_and_an_adapter(make_config, capsys):

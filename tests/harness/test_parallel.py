@@ -41,7 +41,7 @@ def grpo_run(kind: str, runs: Path, **settings) -> subprocess.CompletedProcess:
     return launch(kind, "grpo.py", *flags(runs, **settings))
 
 
-def rows(folder: Path, name: str) -> list[dict]:
+def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
     timed = ("seconds_sample", "seconds_train", "seconds_sync", "tokens_per_second", "peak_memory")
     found = [json.loads(line) for line in open(folder / name)]
     return [{key: value for key, value in row.items() if key not in timed} for row in found]
